@@ -1,0 +1,88 @@
+"""What the entries share: their options as values, operands that may be Quantized, backend names."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from cugemm.arrays import dtype_name
+from cugemm.catalog import KERNELS
+from cugemm.formats import Format
+from cugemm.launch import run
+from cugemm.problem import GemmOp, GemmOptions
+from cugemm.quantized import Quantized
+
+
+def gemm_options(
+    op: GemmOp, out_dtype: Any = None, backend: str = "auto", backends: tuple[str, ...] = (), accumulate: str = "fast", **fixed: Any
+) -> GemmOptions:
+    """The checked options of one call, cached by value. `backends`: names FlashInfer's entry takes, which all mean our choice."""
+    if out_dtype is not None and hasattr(out_dtype, "shape") and not isinstance(out_dtype, type):
+        raise TypeError(f"{op.name}: out_dtype is an array; it wants a dtype. Pass scales by keyword: a_scale=..., b_scale=...")
+    return _options(op.name, out_dtype, backend, backends, accumulate, tuple(fixed.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _options(
+    name: str, out_dtype: Any, backend: str, backends: tuple[str, ...], accumulate: str, fixed: tuple[tuple[str, Any], ...]
+) -> GemmOptions:
+    own = ("auto", *(kernel.name for kernel in KERNELS))
+    if backend not in own and backend not in backends:
+        raise ValueError(f"{name}: backend is {backend!r}; wanted one of {', '.join(map(repr, dict.fromkeys((*own, *backends))))}.")
+    try:
+        dtype = None if out_dtype is None else dtype_name(out_dtype)
+    except TypeError as error:
+        raise TypeError(f"{name}: out_dtype: {error}") from None
+    return GemmOptions(out_dtype=dtype, backend=backend if backend in own else "auto", accumulate=accumulate, **dict(fixed))
+
+
+def product(
+    op: GemmOp,
+    a: Any,
+    b: Any,
+    options: GemmOptions,
+    *,
+    a_scale: Any = None,
+    b_scale: Any = None,
+    alpha: Any = None,
+    bias: Any = None,
+    out: Any = None,
+) -> Any:
+    """Run a product; a Quantized operand brings its scale and format along."""
+    if type(a) is Quantized:
+        if a_scale is not None:
+            raise TypeError(f"{op.name}: {op.roles[0]} is a Quantized, which has its own scale; drop {op.roles[2]}.")
+        _check_axis(op, 0, a, a.ndim - 1)
+        a, a_scale, options = a.data, a.scale, _with_a(options, a.format)
+    if type(b) is Quantized:
+        if b_scale is not None:
+            raise TypeError(f"{op.name}: {op.roles[1]} is a Quantized, which has its own scale; drop {op.roles[3]}.")
+        _check_axis(op, 1, b, b.ndim - (2 if options.b_axes == "kn" else 1))
+        b, b_scale, options = b.data, b.scale, _with_b(options, b.format)
+    return run(op, (a, b, a_scale, b_scale, alpha, bias, None, None, out), options)
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_a(options: GemmOptions, fmt: Format) -> GemmOptions:
+    return options._replace(a_element=fmt.element.name, a_block=fmt.block)
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_b(options: GemmOptions, fmt: Format) -> GemmOptions:
+    return options._replace(b_element=fmt.element.name, b_block=fmt.block)
+
+
+def _check_axis(op: GemmOp, position: int, q: Quantized, wanted: int) -> None:
+    if (q.k_axis != wanted and q.format.block[1] != 0) or (q.k_axis != wanted and q.format.block[0] != q.format.block[1]):
+        role = op.roles[position]
+        raise ValueError(
+            f"{op.name}: {role} is {q!r} with k along axis {q.k_axis}, but axis {wanted} of {role} is summed over; pass {role}.T."
+        )
+    if q.k_axis != wanted and q.format.element.per_byte > 1:
+        raise ValueError(f"{op.name}: {op.roles[position]} is packed along axis {q.k_axis}, but axis {wanted} is summed over; pass its .T.")
+
+
+def is_float16(x: Any) -> bool:
+    """A 16-bit array of any framework (bfloat16 or float16)."""
+    name = str(getattr(x, "dtype", ""))
+    return name.endswith("float16")

@@ -1,0 +1,107 @@
+"""Products whose rows choose their weights: experts of a mixture, adapters of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cugemm.api.common import gemm_options
+from cugemm.launch import run
+from cugemm.problem import FLOATS8, FLOATS16, product
+
+_ELEMENTS = (*FLOATS16, *FLOATS8)
+_ROLES = {"a": "x", "b": "weights", "experts": "weight_indices"}
+_BY_INDEX = product("SegmentGEMMWrapper.forward", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "expert_indices"})
+_BY_INDPTR = product("SegmentGEMMWrapper.run", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "seg_indptr"})
+_BY_LENS = product("SegmentGEMMWrapper.run(seg_lens)", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "seg_lens"})
+
+
+class SegmentGEMMWrapper:
+    """y[i] = x[i] @ weights[expert of row i]: segments of rows, or single rows in any order, each with a matrix of its own.
+
+    Two ways to build one. `SegmentGEMMWrapper(num_experts=, hidden_size=, intermediate_size=, device=)` fixes the shape of the weights,
+    which every call is checked against. FlashInfer's `SegmentGEMMWrapper(float_workspace_buffer, backend=)` fixes nothing; the workspace
+    is not used, because the kernels need none. It holds no other state, and one object serves any number of threads.
+
+    Source: FlashInfer `SegmentGEMMWrapper`.
+
+    >>> wrapper = cugemm.SegmentGEMMWrapper(num_experts=8, hidden_size=4096, intermediate_size=11008)
+    >>> y = wrapper.forward(x, expert_weights, expert_indices)
+    """
+
+    def __init__(
+        self,
+        float_workspace_buffer: Any = None,
+        backend: str = "auto",
+        *,
+        num_experts: int | None = None,
+        hidden_size: int | None = None,
+        intermediate_size: int | None = None,
+        device: Any = None,
+    ) -> None:
+        sizes = (num_experts, hidden_size, intermediate_size)
+        if float_workspace_buffer is None and None in sizes and sizes != (None, None, None):
+            raise TypeError("SegmentGEMMWrapper: pass num_experts, hidden_size and intermediate_size together, or none of them.")
+        if any(n is not None and n < 0 for n in sizes):
+            raise ValueError(f"SegmentGEMMWrapper: num_experts, hidden_size, intermediate_size are {sizes}; they cannot be negative.")
+        gemm_options(_BY_INDEX, None, backend, ("sm80", "sm90"))
+        self._shape = sizes if None not in sizes else None
+        self._backend = backend
+        self.device = device
+
+    def reset_workspace_buffer(self, float_workspace_buffer: Any, int_workspace_buffer: Any = None) -> None:
+        """Accepted for FlashInfer's sake; there is no workspace to replace."""
+
+    def run(
+        self,
+        x: Any,
+        weights: Any,
+        batch_size: Any = None,
+        weight_column_major: bool = False,
+        out: Any = None,
+        seg_lens: Any = None,
+        seg_indptr: Any = None,
+        weight_indices: Any = None,
+        *,
+        out_dtype: Any = None,
+    ) -> Any:
+        """y[i] = x[i] @ weights[e(i)].
+
+        x: [m, d_in], float16, bfloat16, float8_e4m3fn or float8_e5m2. weights: [experts, d_in, d_out], or [experts, d_out, d_in] with
+        weight_column_major=True. Arrays of integers are int32 or int64 and live where x lives.
+        Third argument: an int is FlashInfer's batch_size, the number of segments, with seg_lens [batch_size] or seg_indptr [batch_size +
+        1] saying which rows they hold and weight_indices [batch_size] which matrix each takes (default: its own number); an array [m]
+        gives the matrix of every row, in any order (`expert_indices`).
+        Rows in no segment, or with a matrix that does not exist, are zero; so are rows of segments that reach past m or begin before an
+        earlier one's end. Device values are not read back: nothing synchronises. out: [m, d_out]; out_dtype: default x's dtype if 16-bit,
+        else bfloat16.
+
+        Raises ValueError and TypeError, naming the argument. Numerics: as `cugemm.linear`.
+        """
+        if self._shape is not None:
+            experts, hidden, intermediate = self._shape
+            wanted = (experts, intermediate, hidden) if weight_column_major else (experts, hidden, intermediate)
+            if tuple(weights.shape) != wanted:
+                raise ValueError(
+                    f"SegmentGEMMWrapper.run: weights have shape {tuple(weights.shape)}, but the wrapper was built for {wanted}."
+                )
+        rows = {"expert_indices": batch_size if hasattr(batch_size, "shape") else None, "seg_indptr": seg_indptr, "seg_lens": seg_lens}
+        given = [name for name, value in rows.items() if value is not None]
+        if len(given) != 1:
+            shown = " and ".join(given) if given else "nothing"
+            raise ValueError(
+                f"SegmentGEMMWrapper.run: {shown} says which rows go where; pass one of expert_indices, seg_lens and seg_indptr."
+            )
+        kind, op = {"expert_indices": ("indices", _BY_INDEX), "seg_indptr": ("indptr", _BY_INDPTR), "seg_lens": ("lens", _BY_LENS)}[
+            given[0]
+        ]
+        segments = rows[given[0]]
+        if kind == "indices" and weight_indices is not None:
+            raise ValueError("SegmentGEMMWrapper.run: weight_indices go with segments; expert_indices name the matrices already.")
+        if kind != "indices" and batch_size is not None and batch_size != segments.shape[0] - (kind == "indptr"):
+            raise ValueError(f"SegmentGEMMWrapper.run: batch_size is {batch_size}, but {given[0]} has shape {tuple(segments.shape)}.")
+        options = gemm_options(
+            op, out_dtype, self._backend, ("sm80", "sm90"), b_axes="nk" if weight_column_major else "kn", segments=kind
+        )  # fmt: skip
+        return run(op, (x, weights, None, None, None, None, segments, weight_indices, out), options)
+
+    forward = run

@@ -1,0 +1,173 @@
+"""The products that `bench`, `demo`, `compile` and `explain` speak about: one line per format, and the shapes of published baselines.
+
+A `Case` turns 16-bit operands x [m, k] and w [n, k] of any framework, or Specs of them, into the call that a user would write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from cugemm import arch, launch, select
+from cugemm.api import dense
+from cugemm.api.quantize import quantize
+from cugemm.arrays import HOST, Spec
+from cugemm.catalog import Step
+from cugemm.compile import Job
+from cugemm.formats import E4M3, ELEMENTS
+from cugemm.problem import BUCKETS, GemmCall
+from cugemm.quantized import Quantized
+
+
+class Case(NamedTuple):
+    """One format of a product. `activations` and `weights` name the formats that x and w are quantised to, None where they stay `dtype`."""
+
+    format: str
+    op: str
+    dtype: str
+    activations: str | None
+    weights: str | None
+    baselines: tuple[str, ...]
+
+    def activation(self, x: Any) -> Any:
+        return x if self.activations is None else quantize(x, self.activations)
+
+    def weight(self, w: Any) -> Any:
+        return w if self.weights is None else quantize(w, self.weights)
+
+    def product(self, a: Any, b: Any, out: Any = None) -> Any:
+        """x @ w.T of what `activation` and `weight` returned."""
+        if self.op == "gemm_fp8_nt_groupwise":
+            return dense.gemm_fp8_nt_groupwise(a, b, None, None, "K", out=out)
+        if self.op == "linear":
+            return dense.linear(a, b, out=out)
+        return getattr(dense, self.op)(a, b.T, out=out)
+
+
+CASES = {
+    case.format: case
+    for case in (
+        Case("bf16", "mm_bf16", "bfloat16", None, None, ("torch.bf16",)),
+        Case("fp16", "linear", "float16", None, None, ("torch.fp16", "torch.bf16")),
+        Case("fp8_tensor", "mm_fp8", "bfloat16", "fp8_tensor", "fp8_tensor", ("torch.fp8_tensor", "torch.bf16")),
+        Case("fp8_row", "mm_fp8", "bfloat16", "fp8_row", "fp8_row", ("torch.fp8_row", "torch.bf16")),
+        Case("fp8_block", "gemm_fp8_nt_groupwise", "bfloat16", "fp8_group", "fp8_block", ("torch.fp8_block", "torch.bf16")),
+        Case("w8a16_fp8", "linear", "bfloat16", None, "fp8_row", ("torch.bf16",)),
+    )
+}
+"""By the name that benchmark rows carry. fp8_block: x 1 x 128, w 128 x 128. w8a16_fp8: 16-bit x, e4m3 w with one scale per output feature."""
+
+SHAPES = (
+    (7168, 2048), (2112, 7168), (6144, 4096), (4096, 7168), (24576, 1536), (11008, 4096), (4096, 14336), (7168, 16384), (28672, 4096)
+)  # fmt: skip
+"""(n, k) of linear layers of Llama 2 and 3 and DeepSeek V3, as published baselines use them; plus squares, which are in PRESETS."""
+ROWS = (1, 8, 64, 128, 1024, 4096)
+
+
+class Preset(NamedTuple):
+    shapes: tuple[tuple[int, int, int], ...]  # (m, n, k)
+    formats: tuple[str, ...]
+
+
+PRESETS = {
+    "baselines": Preset(((8192, 8192, 8192), (4096, 4096, 4096), *((m, n, k) for n, k in SHAPES for m in ROWS)), tuple(CASES)),
+    "quick": Preset(
+        ((4096, 4096, 4096), *((m, n, k) for n, k in ((7168, 2048), (28672, 4096)) for m in (1, 16, 128))), ("bf16", "fp8_row", "fp8_block")
+    ),
+}
+
+
+def case(name: str) -> Case:
+    """The case called `name`; ValueError with the names that exist."""
+    if name not in CASES:
+        raise ValueError(f"format is {name!r}; wanted one of {', '.join(CASES)}.")
+    return CASES[name]
+
+
+def flops(m: int, n: int, k: int) -> float:
+    return 2.0 * m * n * k
+
+
+def traffic(case: Case, m: int, n: int, k: int) -> int:
+    """Bytes that must move: both operands once, their scales, and the 16-bit result."""
+    return _stored(case.activations, m, k) + _stored(case.weights, n, k) + 2 * m * n
+
+
+def _stored(fmt: str | None, rows: int, k: int) -> int:
+    if fmt is None:
+        return 2 * rows * k
+    return rows * k + 4 * {"fp8_tensor": 1, "fp8_row": rows, "fp8_group": rows * -(-k // 128), "fp8_block": -(-rows // 128) * -(-k // 128)}[fmt]
+
+
+def is_fp8(case: Case) -> bool:
+    """Whether both operands are fp8, so that fp8 tensor cores set the floor."""
+    return case.activations is not None and case.weights is not None
+
+
+# What would run, without running it
+
+
+def record(case: Case, m: int, n: int, k: int) -> list[launch.Recorded]:
+    """The calls of a case, quantisation included, checked for host memory; `choose` plans them for any arch, so no GPU is needed."""
+    x, w = Spec((m, k), case.dtype, device=HOST), Spec((n, k), case.dtype, device=HOST)
+    with launch.recording() as calls:
+        case.product(case.activation(x), case.weight(w))
+    return calls
+
+
+def choose(recorded: launch.Recorded, target: arch.Arch) -> select.Choice:
+    """What selection answers on an H100 whose arch is `target`: without a GPU there is nothing else to ask."""
+    device = arch.H100._replace(smem_per_sm=target.smem_per_sm)
+    return select.choose(recorded.call.problem._replace(arch=target.name), device)
+
+
+class Listed(NamedTuple):
+    """A config that some m can get for one pair of formats and one weight."""
+
+    pair: str
+    n: int
+    k: int
+    kernel: str
+    config: str
+
+
+def configs(formats: Iterable[str], weights: Iterable[tuple[int, int]], target: arch.Arch) -> Iterator[Listed]:
+    """Every config that the products of `formats` may run with, for any m: what a cost model or a tuned table chooses from."""
+    chosen = [case(name) for name in formats]
+    for n, k in weights:
+        seen: dict[Listed, None] = {}
+        for one in chosen:
+            for call in record(one, 1, n, k):
+                if isinstance(call.call, GemmCall):
+                    seen |= dict.fromkeys(_of_buckets(one.format, call, target))
+        yield from seen
+
+
+def _of_buckets(name: str, recorded: launch.Recorded, target: arch.Arch) -> Iterator[Listed]:
+    problem = recorded.call.problem
+    for m in BUCKETS:
+        choice = choose(recorded._replace(call=recorded.call._replace(problem=problem._replace(m=m))), target)
+        for ranked in choice.ranking:
+            yield Listed(f"{name} ({problem.a} x {problem.b})", problem.n, problem.k, ranked.kernel.name, str(ranked.config))
+
+
+def jobs(formats: Iterable[str], weights: Sequence[tuple[int, int]], target: arch.Arch) -> list[Job]:
+    """The cubins that `formats` can need on `target`, each once, those of their quantisation included."""
+    found: dict[tuple[str, tuple[tuple[str, int], ...]], Job] = {}
+    for one in map(case, formats):
+        for n, k in weights:
+            for m in BUCKETS:
+                for recorded in record(one, m, n, k):
+                    choice = choose(recorded, target)
+                    for ranked in choice.ranking:
+                        for step in ranked.kernel.steps(recorded.call, ranked.config):
+                            if isinstance(step, Step):
+                                found.setdefault((step.source, step.defines), Job(step.source, target, dict(step.defines)))
+    return list(found.values())
+
+
+def prepared(case: Case, a: Any, b: Any) -> int:
+    """Bytes of the weight as it is stored, scale included."""
+    if isinstance(b, Quantized):
+        return int(b.data.nbytes) + int(b.scale.nbytes)
+    return int(b.nbytes)

@@ -1,0 +1,12 @@
+"""The kernels that exist, in order of preference.
+
+To add one: its file here, its source of the same stem in kernels/, one word in the list.
+"""
+
+from cugemm.catalog import portable
+from cugemm.catalog import quantize as conversion
+from cugemm.catalog.step import Kernel, Step, Zero
+
+KERNELS: tuple[Kernel, ...] = (portable.KERNEL, conversion.KERNEL)
+
+__all__ = ["KERNELS", "Kernel", "Step", "Zero"]

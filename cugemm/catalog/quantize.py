@@ -1,0 +1,78 @@
+"""`kernels/quantize.cu`: fp8 quantisation, the bare cast, and back."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from cugemm.arch import Device
+from cugemm.catalog.step import NULL, Step, Zero
+from cugemm.conversion import QuantizeCall, QuantizeProblem
+from cugemm.formats import ALL, BY_DTYPE, ELEMENTS, FP32
+from cugemm.problem import ceil_div
+
+_TAIL = struct.Struct("<6q6i")
+_AMAX, _QUANTIZE, _DEQUANTIZE = 0, 1, 2  # MODE of the kernel
+_THREADS = 256
+_PIECE = 16384
+"""Values of an array that one CTA takes where the format does not say."""
+
+
+class Config(NamedTuple):
+    threads_per_block: int
+
+    def __str__(self) -> str:
+        return f"{self.threads_per_block} threads per scale"
+
+
+class Quantize:
+    name = "quantize"
+
+    def refuse(self, problem: object) -> str | None:
+        if not isinstance(problem, QuantizeProblem):
+            return "converts matrices, does not multiply them"
+        if problem.backend not in ("auto", self.name):
+            return f"backend={problem.backend!r} was asked for"
+        return None
+
+    def candidates(self, problem: QuantizeProblem) -> tuple[Config, ...]:
+        return (Config(32 if problem.block == (1, 128) else _THREADS),)
+
+    def cost(self, problem: QuantizeProblem, config: Config, device: Device) -> float:
+        return 0.0  # one candidate
+
+    def steps(self, call: QuantizeCall, config: Config) -> tuple[Step | Zero, ...]:
+        direction = call.problem.direction
+        if direction == "dequantize":
+            return (_step(call, config, _DEQUANTIZE, (2, 0, 1, NULL)),)
+        if direction == "cast":
+            return (_step(call, config, _QUANTIZE, (0, 1, NULL, NULL)),)
+        if call.problem.block != (ALL, ALL):
+            return (_step(call, config, _QUANTIZE, (0, 1, 2, NULL)),)
+        return (Zero(3, 4, 4, 1), _step(call, config, _AMAX, (0, NULL, NULL, 3)), _step(call, config, _QUANTIZE, (0, 1, 2, 3)))
+
+
+def _step(call: QuantizeCall, config: Config, mode: int, pointers: tuple[int, int, int, int]) -> Step:
+    """pointers: positions of x, data, scale, amax."""
+    problem = call.problem
+    rows, cols = call.block
+    if problem.block == (ALL, ALL) or problem.direction != "quantize":  # blocks only divide the work, unless they carry the scale
+        rows, cols = (
+            (rows, cols)
+            if problem.direction == "dequantize" and problem.block != (ALL, ALL)
+            else (max(1, _PIECE // max(call.cols, 1)), call.cols)
+        )
+    blocks = call.batch * ceil_div(call.rows, rows) * ceil_div(call.cols, cols)
+    defines = (
+        ("MODE", mode),
+        ("ELEMENT", ELEMENTS[problem.element].code),
+        ("X_ELEMENT", BY_DTYPE[problem.x].code),
+        ("THREADS_PER_BLOCK", config.threads_per_block),
+    )
+    batch, row, column = call.x_strides
+    scale_batch, scale_row, scale_column = call.scale_strides
+    tail = _TAIL.pack(row, column, batch, scale_row, scale_column, scale_batch, call.rows, call.cols, call.batch, rows, cols, FP32.code)
+    return Step("quantize", defines, ceil_div(blocks * config.threads_per_block, _THREADS), _THREADS, 0, pointers, (), tail)
+
+
+KERNEL = Quantize()

@@ -1,0 +1,54 @@
+"""What a catalogue entry hands to the launcher: kernels to run, memory to clear, and the interface both agree on."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from cugemm.arch import Device
+
+NULL = -1
+"""Pointer position that means a null pointer (pointer tables end with a 0)."""
+
+
+class Zero(NamedTuple):
+    """Fill `height` rows of `width` bytes, `pitch` bytes apart, with zeros. `pointer`: position in the call's pointer table."""
+
+    pointer: int
+    pitch: int
+    width: int
+    height: int
+
+
+class Step(NamedTuple):
+    """One kernel launch.
+
+    The argument struct is the pointers at `pointers`, the floats at `scalars` (1.0 where the call has none), then `tail`.
+    """
+
+    source: str
+    defines: tuple[tuple[str, int], ...]
+    grid: int
+    threads: int
+    smem: int
+    pointers: tuple[int, ...]
+    scalars: tuple[int, ...]
+    tail: bytes
+
+
+class Kernel(Protocol):
+    """One catalogue entry: a kernel source and everything the host knows about it."""
+
+    name: str
+    """What `explain` prints and `backend=` accepts."""
+
+    def refuse(self, problem: Any) -> str | None:
+        """Why this kernel cannot do `problem`, as a sentence; None if it can."""
+
+    def candidates(self, problem: Any) -> tuple[Any, ...]:
+        """The finite list of configs for it."""
+
+    def cost(self, problem: Any, config: Any, device: Device) -> float:
+        """Predicted microseconds; pure."""
+
+    def steps(self, call: Any, config: Any) -> tuple[Step | Zero, ...]:
+        """What to launch for one call. Pointer positions: arguments in role order, outputs beyond `out=`, workspaces."""

@@ -1,0 +1,134 @@
+"""`plan`, `explain`, `warmup`: what a call would do, before it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from cugemm import launch
+from cugemm.arrays import HOST, dtype_name
+from cugemm.catalog import Step
+from cugemm.launch import Recorded
+from cugemm.problem import GemmCall, bucket
+
+
+def _record(name: str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Recorded]:
+    if not callable(fn):
+        raise TypeError(f"{name}: fn is a {type(fn).__name__}; pass a function of cugemm, such as cugemm.mm_fp8.")
+    with launch.recording() as calls:
+        fn(*args, **kwargs)
+    if not calls:
+        raise TypeError(f"{name}: {getattr(fn, '__name__', fn)!r} made no call that cugemm plans; pass a function of cugemm.")
+    return calls
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Which kernel a call takes and why: the problem as it was read, all candidates with predicted times, every refusal.
+
+    Arguments are those of the call; `cugemm.Spec(shape, dtype)`, jax.ShapeDtypeStruct and torch meta tensors stand for arrays. Nothing is
+    run.
+
+    >>> print(cugemm.explain(cugemm.linear, cugemm.Spec((8, 4096), "bfloat16"), cugemm.Spec((11008, 4096), "float8_e4m3fn")))
+    """
+    lines = []
+    for recorded in _record("explain", fn, args, kwargs):
+        lines.append(f"cugemm.{recorded.op.name}")
+        if isinstance(recorded.call, GemmCall):
+            lines += _layouts(recorded)
+        lines.append("  in host memory: NumPy reference" if recorded.choice is None else str(recorded.choice))
+    return "\n".join(lines)
+
+
+def _layouts(recorded: Recorded) -> list[str]:
+    call = recorded.call
+    lines = [
+        f"  m = {call.m}, n = {call.n}, k = {call.k}, batch = {call.batch}" + (f", grouped by {call.segments}" if call.segments else "")
+    ]
+    for role, scale in zip(recorded.op.roles[2:4], (call.a_scale, call.b_scale), strict=True):
+        if scale is not None:
+            rows, k = ("all" if n == 0 else n for n in scale.block)
+            lines.append(f"  {role}: {scale.dtype}, one for each {rows} x {k} values (rows x k), linear")
+    return lines
+
+
+def warmup(fn: Callable[..., Any], *args: Any, m: int | Iterable[int] | None = None, **kwargs: Any) -> None:
+    """Compile and load everything `fn(*args, **kwargs)` needs, so that its first call, or a graph capture, finds it ready. Nothing is run.
+
+    m: further row counts to prepare for, one or several; plans are shared within a bucket of m.
+    CompileError and CudaError where that fails.
+
+    >>> cugemm.warmup(cugemm.mm_bf16, x, w.T, m=range(1, 257))
+    """
+    sizes = () if m is None else (m,) if isinstance(m, int) else tuple(m)
+    for recorded in _record("warmup", fn, args, kwargs):
+        if recorded.device == HOST:
+            continue
+        calls = {recorded.call.problem: recorded.call}
+        if isinstance(recorded.call, GemmCall):
+            for size in sizes:
+                problem = recorded.call.problem._replace(m=bucket(size))
+                calls.setdefault(problem, recorded.call._replace(problem=problem, m=problem.m))
+        for call in calls.values():
+            choice = launch.choose(call, recorded.device)
+            for step in choice.best.kernel.steps(call, choice.best.config):
+                if isinstance(step, Step):
+                    launch.load(step, choice.problem.arch, recorded.device)
+
+
+class Plan:
+    """A call whose checks, selection and compilation are done: `plan(*args)` takes arrays that look like those it was made for.
+
+    kernel, config: what was chosen for each launch of the call, as text.
+    """
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._fn, self._kwargs = fn, kwargs
+        self._looks = [_look(x) for x in args]
+        calls = _record("plan", fn, args, kwargs)
+        warmup(fn, *args, **kwargs)
+        self.kernels = [r.choice.best.kernel.name if r.choice else "reference" for r in calls]
+        self.configs = [str(r.choice.best.config) if r.choice else "" for r in calls]
+
+    def __call__(self, *args: Any) -> Any:
+        """Run. ValueError where an array has another shape, dtype, strides or device than the plan's."""
+        if len(args) != len(self._looks):
+            raise ValueError(f"{self!r}: got {len(args)} arguments; the plan was made for {len(self._looks)}.")
+        for i, (x, wanted) in enumerate(zip(args, self._looks, strict=True)):
+            look = _look(x)
+            if look != wanted:
+                raise ValueError(
+                    f"{self!r}: argument {i} is {_text(look)}; the plan was made for {_text(wanted)}. Make another plan for it."
+                )
+        return self._fn(*args, **self._kwargs)
+
+    def __repr__(self) -> str:
+        return f"Plan({getattr(self._fn, '__name__', self._fn)}, {', '.join(self.kernels)})"
+
+
+def plan(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
+    """Check, select, compile and load once; the result runs `fn` on arrays of the same shape, dtype, strides and device.
+
+    Arguments are those of the call; `cugemm.Spec`, jax.ShapeDtypeStruct and torch meta tensors stand for arrays. Keyword arguments are
+    fixed.
+
+    >>> p = cugemm.plan(cugemm.mm_bf16, x, w.T)
+    >>> y = p(x, w.T)
+    """
+    return Plan(fn, args, kwargs)
+
+
+def _look(x: Any) -> tuple[Any, ...]:
+    if hasattr(x, "format") and hasattr(x, "scale"):  # Quantized
+        return ("quantized", x.format.name, _look(x.data), _look(x.scale))
+    if not hasattr(x, "shape"):
+        return ("value", type(x).__name__)
+    size = 1
+    strides = x.stride() if callable(getattr(x, "stride", None)) else getattr(x, "strides", None)
+    if strides is not None and hasattr(x, "itemsize") and not callable(getattr(x, "stride", None)):
+        size = x.dtype.itemsize
+    steps = None if strides is None else tuple(s // size for s in strides)
+    return ("array", tuple(x.shape), dtype_name(x.dtype), steps)
+
+
+def _text(look: tuple[Any, ...]) -> str:
+    return f"{look[2]}{list(look[1])} with strides {look[3]}" if look[0] == "array" else " ".join(map(str, look[:2]))

@@ -1,0 +1,161 @@
+// What stored codes mean. Every decode is exact for every code, subnormals, infinities and NaN included, and yields two 16-bit
+// values in a word. Only this file asks for the architecture.
+//
+// Decodes take a *spread* word: the code of each value at the top of its 16-bit half (8-bit codes in bits 15..8, e2m1 in bits 15..12).
+// Moving sign and exponent into the wider format's fields gives value * 2^-(bias difference), subnormals included; one exact multiply
+// undoes that. The all-ones exponents need one more step.
+#pragma once
+#include "common/ptx.cuh"
+
+enum Element : int { kBf16 = 0, kFp16 = 1, kE4m3 = 2, kE5m2 = 3, kE2m1 = 4, kE2m1x2 = 5, kFp32 = 6 };
+
+// Values in 16 stored bytes.
+template <int kElement>
+constexpr int kChunkValues = kElement == kE2m1x2 ? 32 : (kElement == kBf16 || kElement == kFp16) ? 8 : 16;
+
+__device__ __forceinline__ u32 multiply_fp16x2(u32 a, u32 b) {
+    u32 r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+__device__ __forceinline__ u32 multiply_bf16x2(u32 a, u32 b) {
+    u32 r;
+#if __CUDA_ARCH__ >= 900
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+#else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));  // -0.0 keeps the sign of a zero product
+#endif
+    return r;
+}
+
+// 0x8000 in each half whose bits under `mask` are all ones; `step` is the lowest bit of the mask.
+__device__ __forceinline__ u32 all_ones(u32 x, u32 mask, u32 step) { return ((x & mask) + step) & 0x80008000u; }
+
+template <int kElement, bool kToBf16>
+__device__ __forceinline__ u32 decode_spread(u32 x) {
+    const u32 sign = x & 0x80008000u;
+    if constexpr (kElement == kE2m1 || kElement == kE2m1x2) {
+        const u32 magnitude = x & 0x70007000u;
+        return kToBf16 ? multiply_bf16x2(sign | (magnitude >> 6), 0x7E807E80u)   // 2^126
+                       : multiply_fp16x2(sign | (magnitude >> 3), 0x74007400u);  // 2^14
+    } else if constexpr (kElement == kE5m2 && !kToBf16) {
+        return x;  // e5m2 is the upper byte of fp16
+    } else if constexpr (kElement == kE5m2) {
+        const u32 special = all_ones(x, 0x7C007C00u, 0x04000400u);
+        return multiply_bf16x2(sign | ((x & 0x7F007F00u) >> 3), 0x77807780u) | (special - (special >> 8));  // 2^112; exponent to ones
+    } else {
+        const u32 nan = all_ones(x, 0x7F007F00u, 0x01000100u);
+        return kToBf16 ? multiply_bf16x2(sign | ((x & 0x7F007F00u) >> 4), 0x7B807B80u) | (nan - (nan >> 9))    // 2^120
+                       : multiply_fp16x2(sign | ((x & 0x7F007F00u) >> 1), 0x5C005C00u) | (nan - (nan >> 6));  // 2^8
+    }
+}
+
+#if __CUDA_ARCH__ >= 890
+__device__ __forceinline__ u32 decode_e4m3_fp16(u16 codes) {
+    u32 r;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(codes));
+    return r;
+}
+#endif
+
+// Four 8-bit codes -> four values.
+template <int kElement, bool kToBf16>
+__device__ __forceinline__ void decode_bytes(u32 codes, u32& low, u32& high) {
+#if __CUDA_ARCH__ >= 890
+    if constexpr (kElement == kE4m3 && !kToBf16) {
+        low = decode_e4m3_fp16(static_cast<u16>(codes));
+        high = decode_e4m3_fp16(static_cast<u16>(codes >> 16));
+        return;
+    }
+#endif
+    if constexpr (kElement == kE2m1) codes <<= 4;  // the low nibble counts; what the neighbour shifts in is masked away
+    low = decode_spread<kElement, kToBf16>(permute_bytes(codes, 0, 0x1404));
+    high = decode_spread<kElement, kToBf16>(permute_bytes(codes, 0, 0x3424));
+}
+
+// 16 stored bytes -> kChunkValues 16-bit values, in order.
+template <int kElement, bool kToBf16>
+__device__ __forceinline__ void decode_chunk(const Chunk& raw, u32 (&values)[kChunkValues<kElement> / 2]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u32 word = raw.word[i];
+        if constexpr (kElement == kBf16 || kElement == kFp16) {
+            values[i] = word;
+        } else if constexpr (kElement == kE2m1x2) {
+            const u32 shifted = word << 4;
+#pragma unroll
+            for (int byte = 0; byte < 4; ++byte)  // even k from the shifted word, odd k from the word itself
+                values[4 * i + byte] = decode_spread<kElement, kToBf16>(permute_bytes(word, shifted, byte << 12 | (4 + byte) << 4));
+        } else {
+            decode_bytes<kElement, kToBf16>(word, values[2 * i], values[2 * i + 1]);
+        }
+    }
+}
+
+// Two codes as loaded one by one (zero-extended) -> a word of two values. e2m1x2: `first` is the byte of both codes.
+template <int kElement, bool kToBf16>
+__device__ __forceinline__ u32 decode_pair(u32 first, u32 second) {
+    if constexpr (kElement == kBf16 || kElement == kFp16) {
+        return permute_bytes(first, second, 0x5410);
+    } else if constexpr (kElement == kE2m1x2) {
+        return decode_spread<kElement, kToBf16>(first << 12 | first << 24);
+    } else {
+        const u32 spread = permute_bytes(first, second, 0x4101);
+        return decode_spread<kElement, kToBf16>(kElement == kE2m1 ? spread << 4 : spread);
+    }
+}
+
+// fp16 x = high + low, both bf16, exactly: 11 significant bits fit in 8 + 8. An infinite or NaN x lives in `high` alone.
+__device__ __forceinline__ void split_fp16(u32 x, u32& high, u32& low) {
+    const float x0 = fp16_to_float(x), x1 = fp16_to_float(x >> 16);
+    high = pack_bf16(x0, x1);
+    const u32 rest = pack_bf16(x0 - bf16_to_float(high), x1 - bf16_to_float(high >> 16));
+    const u32 special = all_ones(x, 0x7C007C00u, 0x04000400u);
+    low = rest & ~(special | (special - (special >> 15)));
+}
+
+// The partner of a `low` plane: an infinity times low, which may be zero, would be NaN, and the `high` plane already carries it.
+__device__ __forceinline__ u32 finite_bf16_or_zero(u32 x) {
+    const u32 special = all_ones(x, 0x7F807F80u, 0x00800080u);
+    return x & ~(special | (special - (special >> 15)));
+}
+
+// A scalar whose type is known at run time (bf16, fp16 or fp32).
+__device__ __forceinline__ float load_float(u64 pointer, i64 index, int type) {
+    if (type == kFp32) return __uint_as_float(load_global_u32(reinterpret_cast<const float*>(pointer) + index));
+    const u32 bits = load_global_u16(reinterpret_cast<const u16*>(pointer) + index);
+    return type == kBf16 ? bf16_to_float(bits) : fp16_to_float(bits);
+}
+
+// fp32 -> fp8, round to nearest even, saturating; NaN stays NaN.
+template <int kElement>
+constexpr float kElementMax = kElement == kE4m3 ? 448.f : 57344.f;
+
+template <int kElement>
+__device__ __forceinline__ u32 encode_fp8(float x) {
+#if __CUDA_ARCH__ >= 890
+    u16 r;
+    if constexpr (kElement == kE4m3)
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(0.f), "f"(x));
+    else
+        asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(r) : "f"(0.f), "f"(x));
+    return r & 0xFF;
+#else
+    constexpr int kDropped = kElement == kE4m3 ? 20 : 21;         // fp32 mantissa bits that fp8 lacks
+    constexpr u32 kBias = kElement == kE4m3 ? 120 : 112;          // difference of the exponent biases
+    constexpr u32 kMinNormal = (kBias + 1) << 23;                 // fp32 bits of the smallest normal fp8
+    constexpr u32 kMagic = (kBias + 1 + kDropped) << 23;          // adding it rounds to the subnormals' spacing
+    const u32 bits = __float_as_uint(x), sign = bits >> 24 & 0x80;
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return sign | 0x7F;
+    const u32 magnitude = smaller(bits & 0x7FFFFFFFu, __float_as_uint(kElementMax<kElement>));
+    if (magnitude < kMinNormal) return sign | (__float_as_uint(__uint_as_float(magnitude) + __uint_as_float(kMagic)) - kMagic);
+    const u32 rounded = magnitude + (1u << (kDropped - 1)) - 1 + (magnitude >> kDropped & 1);
+    return sign | ((rounded >> kDropped) - (kBias << (23 - kDropped)));
+#endif
+}
+
+template <int kElement>
+__device__ __forceinline__ float decode_fp8(u32 code) {
+    return bf16_to_float(decode_spread<kElement, true>(code << 8) & 0xFFFFu);
+}

@@ -1,0 +1,195 @@
+"""Selection: pure, total, explained; configs few, within the machine, priced sensibly."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from cugemm import arch, select
+from cugemm.arch import Device
+from cugemm.catalog import KERNELS, portable, quantize
+from cugemm.conversion import QuantizeProblem
+from cugemm.errors import NoKernelError
+from cugemm.problem import BUCKETS, Problem, bucket
+
+ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a", "compute_80", "compute_120")
+ELEMENTS = ("bf16", "fp16", "e4m3", "e5m2", "e2m1", "e2m1x2")
+SMALL = Device("a MIG slice", 14, 1_410_000, 230.0, 5 << 20, 164 << 10)
+LAPTOP = Device("RTX 3050", 16, 1_500_000, 160.0, 2 << 20, 100 << 10)
+NK = ((1, 1), (7, 13), (128, 128), (4096, 4096), (11008, 4096), (28672, 4096), (7168, 16384), (1, 100_000), (100_000, 1), (4096, 0))
+
+
+def question(
+    m: int = 8, n: int = 4096, k: int = 4096, a: str = "bf16", b: str = "bf16", target: str = "sm_90a", *, batch: int = 1, grouped: bool = False,
+    majors: tuple[str, str] = ("k", "k"), vector: bool = True, block_scaled: bool = False, out: str = "bfloat16", accumulate: str = "fast",
+    backend: str = "auto",
+) -> Problem:  # fmt: skip
+    return Problem(bucket(m), n, k, batch, grouped, a, b, *majors, vector, block_scaled, out, accumulate, backend, target)
+
+
+def grid(target: str) -> list[Problem]:
+    """A broad sample: every pair of elements, layout and scale mode; every bucket of m; shapes from 1 to 100,000; batches and groups."""
+    layouts = [(("k", "k"), True), (("k", "mn"), True), (("mn", "k"), True), (("mn", "mn"), True), (("k", "k"), False)]
+    found = [
+        question(8, a=a, b=b, target=target, majors=majors, vector=vector, block_scaled=scaled)
+        for a, b, (majors, vector), scaled in itertools.product(ELEMENTS, ELEMENTS, layouts, (False, True))
+    ]
+    found += [
+        question(m, n, k, a, b, target, batch=batch, grouped=grouped)
+        for m, (n, k), (a, b), (batch, grouped) in itertools.product(
+            BUCKETS[::3], NK, (("bf16", "bf16"), ("e4m3", "e4m3"), ("fp16", "e2m1x2")), ((1, False), (32, False), (8, True), (0, True))
+        )
+    ]
+    found += [question(out=out, accumulate=mode, target=target) for out in ("bfloat16", "float16", "float32") for mode in ("fast", "promoted", "fp32")]
+    return found
+
+
+@pytest.mark.parametrize("target", ARCHS)
+def test_total_and_pure(target: str) -> None:
+    for problem in grid(target):
+        before = tuple(problem)
+        for device in (arch.H100, SMALL, LAPTOP):
+            choice, again = select.choose(problem, device), select.choose(problem, device)
+            assert choice == again
+            assert choice.problem is problem
+            assert choice.best == choice.ranking[0]
+            times = [ranked.us for ranked in choice.ranking]
+            assert times == sorted(times)
+            assert all(math.isfinite(us) and us > 0 for us in times), (problem, times)
+            assert {name for name, _ in choice.refusals} | {r.kernel.name for r in choice.ranking} == {kernel.name for kernel in KERNELS}
+        assert tuple(problem) == before
+
+
+@pytest.mark.parametrize("target", ARCHS)
+def test_few_configs_for_a_weight(target: str) -> None:
+    """At most 16 configs for one (format, n, k), over every m, layout of a, batch, group and result."""
+    for (a, b), scaled, (n, k) in itertools.product(itertools.product(ELEMENTS, ELEMENTS), (False, True), NK[::4]):
+        configs = {
+            (kernel.name, config)
+            for m, vector, grouped in itertools.product((1, 16, 64, 256, 4374, 100_000), (True, False), (False, True))
+            for kernel in KERNELS
+            if kernel.refuse(problem := question(m, n, k, a, b, target, vector=vector, grouped=grouped, block_scaled=scaled)) is None
+            for config in kernel.candidates(problem)
+        }
+        assert 1 <= len(configs) <= 16, (a, b, n, k, sorted(map(str, configs)))
+
+
+def shared_memory(problem: Problem, config: portable.Config) -> int:
+    """sizeof(Smem) as portable.cu declares it: STAGES x (planes of A [BLOCK_M x BLOCK_K] + planes of B [BLOCK_N x BLOCK_K]) of u16, alignas(1024)."""
+    bf16 = "bf16" in (problem.a, problem.b)
+    planes_a, planes_b = (2 if bf16 and element == "fp16" else 1 for element in (problem.a, problem.b))
+    stage = 2 * config.block_k * (planes_a * config.block_m + planes_b * config.block_n)
+    return -(-stage * config.stages // 1024) * 1024
+
+
+@pytest.mark.parametrize("target", ARCHS)
+def test_shared_memory_is_what_the_kernel_says_and_fits(target: str) -> None:
+    limit = arch.get(target).max_smem
+    for problem in grid(target):
+        for config in portable.KERNEL.candidates(problem):
+            assert portable._smem(problem, config) == shared_memory(problem, config) <= limit
+            assert (config.warps_k - 1) * config.block_m * config.block_n * 4 <= shared_memory(problem, config), "partial sums reuse the stages"
+            assert shared_memory(problem, config) + 1024 <= arch.get(target).smem_per_sm
+
+
+@pytest.mark.parametrize("target", ARCHS)
+def test_configs_satisfy_the_kernel(target: str) -> None:
+    """The static assertions of portable.cu, which CI only reaches for what it compiles."""
+    for problem in grid(target):
+        for c in portable.KERNEL.candidates(problem):
+            warp = (c.block_m // c.warps_m, c.block_n // c.warps_n, c.block_k // c.warps_k)
+            assert all(size % 16 == 0 for size in warp)
+            assert c.block_k % 64 == 0
+            assert c.stages >= 2
+            assert c.threads <= 1024
+            assert not problem.block_scaled or 128 % warp[2] == 0
+            assert problem.vector or warp[0] * warp[1] // 32 <= (32 if problem.block_scaled else 64)
+
+
+def test_buckets() -> None:
+    assert list(BUCKETS) == sorted(set(BUCKETS))
+    for m in range(BUCKETS[-1] + 2):
+        held = bucket(m)
+        assert held in BUCKETS
+        assert held >= m or held == BUCKETS[-1]
+        assert all(size < m for size in BUCKETS if size < held)
+    assert [bucket(m) for m in (0, 1, 2, 3, 5, 9, 17, 25, 33, 257, 8192, 8193, 10**9)] == [
+        1, 1, 2, 4, 8, 16, 24, 32, 48, 384, 8192, 8192, 8192,
+    ]  # fmt: skip
+    wide = [(low, high) for low, high in itertools.pairwise(BUCKETS) if low >= 256]
+    assert all(high / low <= 1.5 for low, high in wide)
+
+
+@pytest.mark.parametrize("device", [arch.H100, SMALL, LAPTOP], ids=lambda d: d.name)
+@pytest.mark.parametrize("pair", [("bf16", "bf16"), ("e4m3", "e4m3"), ("bf16", "e4m3"), ("fp16", "e2m1x2")])
+def test_more_work_is_never_predicted_faster(device: Device, pair: tuple[str, str]) -> None:
+    def best(**sizes: int) -> float:
+        return select.choose(question(a=pair[0], b=pair[1], **sizes), device).best.us
+
+    for m in (1, 16, 128, 4096):
+        for sizes in ({"n": n} for n in (128, 1024, 4096, 11008, 28672, 100_000)):
+            assert best(m=m, **sizes) <= best(m=m, n=2 * sizes["n"])
+        assert [best(m=m, k=k) for k in (64, 512, 4096, 16384)] == sorted(best(m=m, k=k) for k in (64, 512, 4096, 16384))
+        assert best(m=m, batch=1) <= best(m=m, batch=8)
+    by_m = [best(m=m) for m in BUCKETS]
+    assert all(low <= high * 1.0001 for low, high in itertools.pairwise(by_m)), by_m
+
+
+def test_every_candidate_is_priced_monotonically() -> None:
+    """Not only the best: more columns never make one config cheaper."""
+    for vector, scaled, n in itertools.product((True, False), (True, False), (128, 4096, 11008)):
+        problem = question(64, n, a="e4m3", b="e4m3", vector=vector, block_scaled=scaled)
+        for config in portable.KERNEL.candidates(problem):
+            prices = [portable.KERNEL.cost(problem._replace(n=width), config, arch.H100) for width in (n, n + 1, 2 * n, 4 * n)]
+            assert prices == sorted(prices)
+
+
+def test_a_small_gpu_is_slower_and_priced_by_its_own_figures() -> None:
+    for m, (n, k) in itertools.product((1, 64, 4096), ((4096, 4096), (28672, 4096))):
+        problem = question(m, n, k)
+        assert select.choose(problem, SMALL).best.us > 2 * select.choose(problem, arch.H100).best.us
+    many, few = question(4096, 8192, 8192), question(1, 28672, 4096)
+    for device in (arch.H100, SMALL):
+        assert select.choose(many, device).best.config.block_m == 128
+        assert select.choose(few, device).best.config.block_m == 16
+        floor = 28672 * 4096 * 2 / device.read_gbs * 1e-3
+        assert select.choose(few, device).best.us > floor
+
+
+def test_refusals_are_listed() -> None:
+    choice = select.choose(question(), arch.H100)
+    assert [name for name, _ in choice.refusals] == ["quantize"]
+    assert "converts matrices" in str(choice)
+    assert "quantize" in str(choice)
+    assert "-> portable" in str(choice)
+
+    with pytest.raises(NoKernelError) as raised:
+        select.choose(question(backend="quantize"), arch.H100)
+    text = str(raised.value)
+    assert "bf16 x bf16 -> bfloat16 on sm_90a" in text
+    for kernel in KERNELS:
+        assert f"{kernel.name}: " in text
+    assert "backend='quantize' was asked for" in text
+    assert isinstance(raised.value, ValueError)
+
+
+def test_conversions() -> None:
+    for direction, element, x, block in itertools.product(
+        ("quantize", "cast", "dequantize"), ("e4m3", "e5m2"), ("bfloat16", "float16", "float32"), ((0, 0), (1, 0), (1, 128), (128, 128))
+    ):
+        problem = QuantizeProblem(direction, element, x, block, "auto", "sm_90a")
+        choice = select.choose(problem, arch.H100)
+        assert [r.kernel for r in choice.ranking] == [quantize.KERNEL]
+        assert [name for name, _ in choice.refusals] == ["portable"]
+        assert str(problem) in str(choice)
+    with pytest.raises(NoKernelError, match="backend='portable' was asked for"):
+        select.choose(QuantizeProblem("quantize", "e4m3", "float16", (1, 0), "portable"), arch.H100)
+
+
+def test_a_gpu_older_than_all_kernels_is_refused() -> None:
+    """sm_75 gets a record without features; no kernel may take it."""
+    old = arch.of_capability(7, 5)
+    with pytest.raises(NoKernelError, match=r"on sm_75: .*needs sm_80 or newer"):
+        select.choose(question(target=old.name), SMALL)
