@@ -5,7 +5,8 @@ A `Case` turns 16-bit operands x [m, k] and w [n, k] of any framework, or Specs 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from cugemm import arch, launch, select
@@ -14,7 +15,8 @@ from cugemm.api.quantize import quantize
 from cugemm.arrays import HOST, Spec
 from cugemm.catalog import Step
 from cugemm.compile import Job
-from cugemm.formats import E4M3, ELEMENTS
+from cugemm.conversion import scale_shape
+from cugemm.formats import FORMATS
 from cugemm.problem import BUCKETS, GemmCall
 from cugemm.quantized import Quantized
 
@@ -55,7 +57,7 @@ CASES = {
         Case("w8a16_fp8", "linear", "bfloat16", None, "fp8_row", ("torch.bf16",)),
     )
 }
-"""By the name that benchmark rows carry. fp8_block: x 1 x 128, w 128 x 128. w8a16_fp8: 16-bit x, e4m3 w with one scale per output feature."""
+"""By the name that benchmark rows carry. fp8_block: x 1 x 128, w 128 x 128. w8a16_fp8: 16-bit x, w e4m3 with a scale per output feature."""
 
 SHAPES = (
     (7168, 2048), (2112, 7168), (6144, 4096), (4096, 7168), (24576, 1536), (11008, 4096), (4096, 14336), (7168, 16384), (28672, 4096)
@@ -93,10 +95,15 @@ def traffic(case: Case, m: int, n: int, k: int) -> int:
     return _stored(case.activations, m, k) + _stored(case.weights, n, k) + 2 * m * n
 
 
-def _stored(fmt: str | None, rows: int, k: int) -> int:
-    if fmt is None:
+def _stored(name: str | None, rows: int, k: int) -> int:
+    if name is None:
         return 2 * rows * k
-    return rows * k + 4 * {"fp8_tensor": 1, "fp8_row": rows, "fp8_group": rows * -(-k // 128), "fp8_block": -(-rows // 128) * -(-k // 128)}[fmt]
+    return rows * k + 4 * math.prod(scale_shape((rows, k), FORMATS[name]))
+
+
+def stored_bytes(weight: Any) -> int:
+    """Bytes of a weight as `Case.weight` returned it, scale included."""
+    return sum(int(x.nbytes) for x in ((weight.data, weight.scale) if isinstance(weight, Quantized) else (weight,)))
 
 
 def is_fp8(case: Case) -> bool:
@@ -107,12 +114,18 @@ def is_fp8(case: Case) -> bool:
 # What would run, without running it
 
 
-def record(case: Case, m: int, n: int, k: int) -> list[launch.Recorded]:
-    """The calls of a case, quantisation included, checked for host memory; `choose` plans them for any arch, so no GPU is needed."""
-    x, w = Spec((m, k), case.dtype, device=HOST), Spec((n, k), case.dtype, device=HOST)
+def record(case: Case, m: int, n: int, k: int, device: int = HOST) -> list[launch.Recorded]:
+    """The calls of a case, quantisation included. On the host nothing is chosen: `choose` then plans for any arch, so no GPU is needed."""
+    x, w = Spec((m, k), case.dtype, device=device), Spec((n, k), case.dtype, device=device)
     with launch.recording() as calls:
         case.product(case.activation(x), case.weight(w))
     return calls
+
+
+def kernel(case: Case, m: int, n: int, k: int, device: int) -> tuple[str, str]:
+    """(name, config) of the kernel that the product of a case runs on."""
+    choice = record(case, m, n, k, device)[-1].choice
+    return ("reference", "NumPy") if choice is None else (choice.best.kernel.name, str(choice.best.config))
 
 
 def choose(recorded: launch.Recorded, target: arch.Arch) -> select.Choice:
@@ -166,8 +179,44 @@ def jobs(formats: Iterable[str], weights: Sequence[tuple[int, int]], target: arc
     return list(found.values())
 
 
-def prepared(case: Case, a: Any, b: Any) -> int:
-    """Bytes of the weight as it is stored, scale included."""
-    if isinstance(b, Quantized):
-        return int(b.data.nbytes) + int(b.scale.nbytes)
-    return int(b.nbytes)
+# Operands and calls given as text
+
+
+def operand(text: str, device: int = HOST) -> Spec | Quantized:
+    """A Spec from "dtype:rows x columns", a Quantized of Specs from "format:rows x k"; ":T" behind it is the transposed view.
+
+    ValueError with an example. For instance "bfloat16:16x4096", "float8_e4m3fn:11008x4096:T", "fp8_row:11008x4096".
+    """
+    name, _, rest = text.partition(":")
+    shape_text, _, turned = rest.partition(":")
+    try:
+        shape = tuple(int(n) for n in shape_text.split("x"))
+        found = _quantized(name, shape, device) if name in FORMATS else Spec(shape, name, device=device)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"operand {text!r}: {error}; write dtype:shape or format:shape, like bfloat16:16x4096 or fp8_row:11008x4096."
+        ) from None
+    if turned not in ("", "T"):
+        raise ValueError(f"operand {text!r} ends in {turned!r}; only T, the transposed view, can stand there.")
+    return found.T if turned else found
+
+
+def _quantized(name: str, shape: tuple[int, ...], device: int) -> Quantized:
+    fmt = FORMATS[name]
+    stored = (*shape[:-1], shape[-1] // fmt.element.per_byte)
+    scale = Spec(scale_shape(shape, fmt), "float32", device=device)
+    return Quantized(Spec(stored, fmt.element.dtype, device=device), scale, fmt)
+
+
+def explain(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], target: arch.Arch) -> str:
+    """`cugemm.explain` for another arch: the operands are Specs on the host, the machine is `choose`'s."""
+    with launch.recording() as calls:
+        fn(*args, **kwargs)
+    lines = []
+    for recorded in calls:
+        call = recorded.call
+        lines.append(f"cugemm.{recorded.op.name}")
+        if isinstance(call, GemmCall):
+            lines.append(f"  m = {call.m}, n = {call.n}, k = {call.k}, batch = {call.batch}")
+        lines.append(str(choose(recorded, target)))
+    return "\n".join(lines)

@@ -1,59 +1,37 @@
 """From arrays to a launch. A warm call is one dictionary lookup, one allocation and one `cuLaunchKernelEx`; everything else happens once.
 
-Two caches. `_BOUND` is keyed by what a call looks like from outside (function, options, and of every array its shape, strides, dtype,
-device and alignment) and leads to launches whose argument block is packed but for pointers. `_CHOICES` is keyed by the `Problem`, which
+Two caches. `_WARM` is keyed by what a call looks like from outside (function, options, types and leading shapes) and holds `Bound` calls,
+which recognise their arguments in every detail and whose launches are packed but for pointers. `_CHOICES` is keyed by the `Problem`, which
 holds m only as a bucket, and leads to the kernel and config. Functions are loaded once per device.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import struct
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 from cugemm import arch, compile, driver, host, select
-from cugemm.arrays import FAST, HELD, HOST, SPEC, Dlpack, Framework, Jax, Signature, View, framework_of, is_scalar, share_bytes
-from cugemm.catalog import Step, Zero
+from cugemm.arrays import HELD, HOST, SPEC, Dlpack, Framework, Match, View, framework_of, is_scalar
+from cugemm.catalog import Step
 from cugemm.errors import CaptureError, HostWarning
+from cugemm.intake import Intake, Op, check_aliasing, is_jax, take
+from cugemm.packed import pack
 from cugemm.problem import Argument
 
-Op = Any
-"""GemmOp or QuantizeOp: name, roles, check(views, options)."""
-
-_CONFIG = struct.Struct("<7I4xQQI4x")
-"""CUlaunchConfig: grid, block, dynamic shared memory, stream, attributes, their number (56 bytes, see `driver.LaunchConfig`)."""
-_STREAM_AT, _PARAMS_AT, _ARGS_AT = 32, 56, 64
-_MAX_ARGS = 1024
-
-_BOUND: dict[tuple[Any, ...], Bound] = {}
+_WARM: dict[tuple[Any, ...], tuple[Bound, ...]] = {}
+_VIEWS: dict[tuple[Any, ...], Bound] = {}
 _CHOICES: dict[Any, select.Choice] = {}
 _FUNCTIONS: dict[tuple[Any, ...], compile.Loaded] = {}
-_MAX_BOUND = 8192
+_MAX_KEYS, _MAX_BOUND = 8192, 8
 _lock = threading.RLock()
 
 launches = 0
-"""Kernels launched and host products computed by this process; for tests and `info`."""
-
-
-class _Thread(threading.local):
-    """Each thread packs its launches into memory of its own, because the driver call releases the GIL (R15)."""
-
-    def __init__(self) -> None:
-        self.memory = ctypes.create_string_buffer(_ARGS_AT + _MAX_ARGS)
-        self.address = ctypes.addressof(self.memory)
-        self.view = memoryview(self.memory).cast("B")
-        struct.pack_into("<Q", self.memory, _PARAMS_AT, self.address + _ARGS_AT)  # the one kernel parameter: the argument struct
-        self.recorder: list[Recorded] | None = None
-
-
-_thread = _Thread()
-_recording = 0  # threads that record: keeps the warm path to one test of a global
+"""Kernels launched, buffers cleared and host products computed by this process; for tests and `info`."""
 
 
 class Recorded(NamedTuple):
@@ -65,124 +43,18 @@ class Recorded(NamedTuple):
     device: int
 
 
-class _Launch(NamedTuple):
-    """One packed kernel launch: only pointers, by-value scalars and the stream are still to be written."""
-
-    function: int
-    config: bytes
-    args: bytes
-    pick: Callable[[list[int]], tuple[int, ...]]
-    pack: Callable[..., None]  # pointers
-    scalars: tuple[tuple[int, int], ...]  # (offset in the arguments, position of the argument)
-
-    def __call__(self, arrays: tuple[Any, ...], pointers: list[int], stream: int, device: int) -> None:
-        global launches
-        thread = _thread
-        view, memory = thread.view, thread.memory
-        view[:_PARAMS_AT] = self.config
-        view[_ARGS_AT : _ARGS_AT + len(self.args)] = self.args
-        self.pack(memory, _ARGS_AT, *self.pick(pointers))
-        for offset, position in self.scalars:
-            struct.pack_into("<f", memory, _ARGS_AT + offset, arrays[position])
-        struct.pack_into("<Q", memory, _STREAM_AT, stream)
-        launches += 1
-        driver.launch(thread.address, self.function, thread.address + _PARAMS_AT, device)
+class _Recorder(threading.local):
+    calls: list[Recorded] | None = None
 
 
-class _Clear(NamedTuple):
-    """A `Zero` step, ready to enqueue."""
-
-    zero: Zero
-
-    def __call__(self, arrays: tuple[Any, ...], pointers: list[int], stream: int, device: int) -> None:
-        zero = self.zero
-        with driver.on_device(device):
-            driver.memset_2d(pointers[zero.pointer], zero.pitch, zero.width, zero.height, stream)
-
-
-class Bound:
-    """A call bound to everything but its pointers."""
-
-    __slots__ = ("device", "framework", "guarded", "launches", "name", "out", "outputs", "roles", "spans", "workspaces")
-
-    def __init__(
-        self, op: Op, call: Any, views: tuple[Argument, ...], framework: Framework, device: int, choice: select.Choice, guarded: bool
-    ) -> None:
-        self.name, self.roles, self.framework, self.device, self.guarded = op.name, op.roles, framework, device, guarded
-        self.out = op.roles.index("out") if "out" in op.roles else None
-        self.spans = [view.span() if isinstance(view, View) else 0 for view in views]
-        self.outputs = call.outputs
-        self.workspaces = call.workspaces
-        best = choice.best
-        self.launches = tuple(_prepared(step, choice.problem, device, views) for step in best.kernel.steps(call, best.config))
-
-    def __call__(self, arrays: tuple[Any, ...], pointers: list[int]) -> Any:
-        framework, device = self.framework, self.device
-        given = arrays[self.out] if self.out is not None else None
-        like = arrays[0]
-        if given is not None:
-            self.check_aliasing(arrays, pointers)
-            if self.guarded:
-                framework.refuse_out(self.name, given, arrays)
-            result: Any = given
-        else:
-            made = [framework.empty(shape, dtype, like, device) for shape, dtype in self.outputs]
-            if self.out is not None:
-                pointers[self.out] = _pointer(framework, made[0])
-            else:
-                pointers += [_pointer(framework, x) for x in made]
-            result = made[0] if len(made) == 1 else tuple(made)
-        scratch = [framework.empty(shape, dtype, like, device) for shape, dtype in self.workspaces]
-        pointers += [_pointer(framework, x) for x in scratch]
-        pointers.append(0)
-        self.enqueue(arrays, pointers, framework.stream(device))
-        if given is not None:
-            framework.written(given)
-        elif self.guarded:
-            return framework.guard(self.name, arrays, result)
-        return result
-
-    def enqueue(self, arrays: tuple[Any, ...], pointers: list[int], stream: int) -> None:
-        for launch in self.launches:
-            launch(arrays, pointers, stream, self.device)
-
-    def check_aliasing(self, arrays: tuple[Any, ...], pointers: list[int]) -> None:
-        """Byte intervals first; only where they meet, the exact test on views (fused QKV buffers are legal)."""
-        position = self.out or 0
-        spans = self.spans
-        low = pointers[position]
-        high = low + spans[position]
-        for i, ptr in enumerate(pointers):
-            near = ptr and i != position and ptr < high and low < ptr + spans[i]
-            if near and share_bytes(self.framework.view(arrays[position], "out"), self.framework.view(arrays[i], self.roles[i])):
-                raise _aliased(self.name, self.roles[i])
-
-
-def _aliased(name: str, role: str) -> ValueError:
-    return ValueError(f"{name}: out shares memory with {role}; pass an out of its own.")
-
-
-def _pointer(framework: Framework, x: Any) -> int:
-    return framework.view(x, "result").ptr
+_recorder = _Recorder()
+_recording = 0  # threads that record: keeps the warm path to one test of a global
 
 
 @functools.cache
 def machine(device: int) -> tuple[arch.Arch, arch.Device]:
     """What a CUDA device is."""
     return arch.of_capability(*driver.capability(device)), arch.device_info(device)
-
-
-def _prepared(step: Step | Zero, problem: Any, device: int, views: tuple[Argument, ...]) -> _Launch | _Clear:
-    if isinstance(step, Zero):
-        return _Clear(step)
-    function = load(step, problem.arch, device)
-    scalars_at = 8 * len(step.pointers)
-    args = struct.pack(f"<{len(step.pointers)}Q{len(step.scalars)}f", *[0] * len(step.pointers), *[1.0] * len(step.scalars)) + step.tail
-    assert len(args) <= _MAX_ARGS
-    config = _CONFIG.pack(step.grid, 1, 1, step.threads, 1, 1, step.smem, 0, 0, 0)
-    pick = itemgetter(*step.pointers) if len(step.pointers) > 1 else lambda table: (table[step.pointers[0]],)
-    scalars = tuple((scalars_at + 4 * i, position) for i, position in enumerate(step.scalars) if isinstance(views[position], float))
-    return _Launch(function.function, config, args, pick, struct.Struct(f"<{len(step.pointers)}Q").pack_into, scalars)
 
 
 def load(step: Step, arch_name: str, device: int) -> compile.Loaded:
@@ -211,137 +83,183 @@ def choose(call: Any, device: int) -> select.Choice:
     return found
 
 
+# --- bound calls ------------------------------------------------------------------------------------------------------------------
+
+
+class Bound:
+    """A call bound to everything but its pointers and scalars.
+
+    Pointer tables here are compact: the arrays that are present in role order, the results that are not among them, scratch, a zero.
+    """
+
+    __slots__ = (
+        "device", "framework", "guarded", "launches", "match", "name", "operands", "out", "outputs", "roles", "spans", "workspaces",
+    )  # fmt: skip
+
+    match: Match
+
+    def __init__(self, op: Op, call: Any, views: tuple[Argument, ...], framework: Framework, device: int, choice: select.Choice) -> None:
+        self.name, self.roles, self.framework, self.device = op.name, op.roles, framework, device
+        self.outputs, self.workspaces = call.outputs, call.workspaces
+        self.guarded, self.match = False, _matches_nothing
+        present = [i for i, view in enumerate(views) if isinstance(view, View)]
+        self.spans = [view.span() for view in views if isinstance(view, View)]
+        out = op.roles.index("out") if "out" in op.roles else None
+        self.out = present.index(out) if out in present else None
+        self.operands = [(i, span) for i, span in enumerate(self.spans) if i != self.out]
+        compact = {position: i for i, position in enumerate(present)}
+        fresh = len(present)
+        if out is not None and out not in present:
+            compact[out] = fresh
+            fresh += 1
+        compact |= {
+            position: fresh + i for i, position in enumerate(range(len(views), len(views) + len(call.outputs) + len(call.workspaces)))
+        }
+        by_value = [isinstance(view, float) for view in views]
+        problem, best = choice.problem, choice.best
+        self.launches = tuple(
+            pack(step, lambda position: compact.get(position, -1), lambda s: load(s, problem.arch, device).function, by_value, device)
+            for step in best.kernel.steps(call, best.config)
+        )
+
+    def __call__(self, arrays: tuple[Any, ...], pointers: list[int]) -> Any:
+        framework, device, out = self.framework, self.device, self.out
+        if out is not None:
+            result: Any = arrays[-1]
+            low = pointers[out]
+            high = low + self.spans[out]
+            for i, span in self.operands:
+                if pointers[i] < high and low < pointers[i] + span:  # else they share no byte
+                    check_aliasing(self.name, self.roles, take_views(framework, self.roles, arrays))
+            if self.guarded:
+                framework.refuse_out(self.name, result, arrays)
+        else:
+            made = [framework.empty(shape, dtype, arrays[0], device) for shape, dtype in self.outputs]
+            pointers += [framework.pointer(x) for x in made]
+            result = made[0] if len(made) == 1 else tuple(made)
+        # NOTE: scratch is held until everything is enqueued; then the pool may have it back, because its next user runs after us.
+        scratch = [framework.empty(shape, dtype, arrays[0], device) for shape, dtype in self.workspaces]
+        pointers += [framework.pointer(x) for x in scratch]
+        self.enqueue(arrays, pointers, framework.stream(device))
+        if out is not None:
+            framework.written(result)
+        elif self.guarded:
+            return framework.guard(self.name, arrays, result)
+        return result
+
+    def enqueue(self, arrays: Sequence[Any], pointers: list[int], stream: int) -> None:
+        global launches
+        pointers.append(0)
+        for launch in self.launches:
+            launches += 1
+            launch(arrays, pointers, stream)
+
+
+def _matches_nothing(arrays: tuple[Any, ...]) -> list[int] | None:
+    return None
+
+
+def take_views(framework: Framework, roles: tuple[str, ...], arrays: tuple[Any, ...]) -> tuple[Argument, ...]:
+    return tuple(None if x is None or is_scalar(x) else framework.view(x, role) for role, x in zip(roles, arrays, strict=True))
+
+
+def bind(op: Op, call: Any, views: tuple[Argument, ...], framework: Framework, device: int) -> Bound:
+    """Choose, load and pack; CaptureError where that would have to compile or load during a stream capture (R16)."""
+    choice = choose(call, device)
+    best = choice.best
+    missing = [
+        step
+        for step in best.kernel.steps(call, best.config)
+        if isinstance(step, Step) and (step.source, step.defines, choice.problem.arch, device) not in _FUNCTIONS
+    ]
+    if missing and driver.is_capturing(framework.stream(device)):
+        shapes = ", ".join(f"{role} {view.shape}" for role, view in zip(op.roles, views, strict=True) if isinstance(view, View))
+        raise CaptureError(
+            f"{op.name}: this call needs a kernel that is not loaded yet, and a stream is being captured. Before the capture, run "
+            f"cugemm.warmup(cugemm.{op.name}, ...) with these arguments ({shapes}), or call it once."
+        )
+    return Bound(op, call, views, framework, device, choice)
+
+
 # --- calls ------------------------------------------------------------------------------------------------------------------------
 
 
 def run(op: Op, arrays: tuple[Any, ...], options: Any) -> Any:
     """Run `op` on the caller's arrays (role order, None where absent, floats by value) and return the caller's kind of array."""
     if not _recording:
-        key: list[Any] = [op.name, options]
-        pointers: list[int] = []
-        for x in arrays:
-            if x is None:
-                key.append(None)
-                pointers.append(0)
-                continue
-            read = FAST.get(type(x))
-            if read is None:
-                break
-            ptr, signature = read(x)
-            key.append(signature)
-            pointers.append(ptr)
-        else:
-            bound = _BOUND.get(tuple(key))
-            if bound is not None:
+        for bound in _WARM.get(_key(op, arrays, options), ()):
+            pointers = bound.match(arrays)
+            if pointers is not None:
                 return bound(arrays, pointers)
     return _first(op, arrays, options)
 
 
-def _scalar_signature(x: Any) -> tuple[int, Signature]:
-    return 0, ("scalar",)
-
-
-FAST[float] = FAST[int] = _scalar_signature
-
-
-class _Intake(NamedTuple):
-    framework: Framework
-    views: tuple[Argument, ...]
-    device: int
-    abstract: bool
-    capsules: list[Any]
+def _key(op: Op, arrays: tuple[Any, ...], options: Any) -> tuple[Any, ...]:
+    return (op.name, options, getattr(arrays[0], "shape", None), getattr(arrays[1 % len(arrays)], "shape", None), *map(type, arrays))
 
 
 def _first(op: Op, arrays: tuple[Any, ...], options: Any) -> Any:
     """The long way: intake, checks, selection, compilation; then the call itself."""
-    if any(
-        x is not None and not is_scalar(x) and isinstance(framework_of(x, f"{op.name}: {op.roles[i]}"), Jax) for i, x in enumerate(arrays)
-    ):
+    if is_jax(op, arrays):
         from cugemm.adapters import jax as adapter  # noqa: PLC0415 - imports jax
 
         return adapter.run(op, arrays, options)
-    intake = _intake(op, arrays)
+    intake = take(op, arrays)
     call = op.check(intake.views, options)
-    out = op.roles.index("out") if "out" in op.roles else None
-    given = arrays[out] if out is not None else None
-    if given is not None:
-        _check_out(op, intake, out or 0)
-    if _thread.recorder is not None:
-        return _record(op, call, intake)
+    given = arrays[-1] if "out" in op.roles else None
+    framework, device = intake.framework, intake.device
+    if _recorder.calls is not None:
+        choice = None if device == HOST else choose(call, device)
+        _recorder.calls.append(Recorded(op, call, choice, device))
+        return _unwrap([SPEC.empty(shape, dtype, None, device) for shape, dtype in call.outputs])
     if intake.abstract:
-        made = [intake.framework.empty(shape, dtype, arrays[0], intake.device) for shape, dtype in call.outputs]
+        made = [framework.placeholder(shape, dtype, arrays[0], device) for shape, dtype in call.outputs]
         return _unwrap(made) if given is None else given
     if given is not None:
-        intake.framework.refuse_out(op.name, given, arrays)
-    if intake.device == HOST:
+        framework.refuse_out(op.name, given, arrays)
+    if device == HOST:
         return _host_call(op, call, arrays, intake, options, given)
-    return _device_call(op, call, arrays, intake, options, given)
+    if any(0 in shape for shape, _ in call.outputs):  # nothing to compute: nothing is compiled or launched
+        made = [framework.release(framework.empty(shape, dtype, arrays[0], device), arrays[0]) for shape, dtype in call.outputs]
+        return framework.guard(op.name, arrays, _unwrap(made)) if given is None else given
+    bound = bind(op, call, intake.views, framework, device)
+    pointers = [view.ptr for view in intake.views if isinstance(view, View)]
+    if isinstance(framework, Dlpack):
+        result = bound(arrays, pointers)
+        HELD.keep(intake.capsules, device, framework.stream(device))
+        return tuple(framework.release(x, arrays[0]) for x in result) if isinstance(result, tuple) else framework.release(result, arrays[0])
+    bound.guarded = framework.differentiable(arrays)
+    present = [i for i, view in enumerate(intake.views) if isinstance(view, View)]
+    bound.match = framework.matcher(arrays, itemgetter(*present) if len(present) > 1 else _one(present[0]))
+    _remember(_key(op, arrays, options), bound)
+    return bound(arrays, pointers)
 
 
-def _intake(op: Op, arrays: tuple[Any, ...]) -> _Intake:
-    """Views of all arguments, which must agree in framework and device (R1-R3, R5)."""
-    views: list[Argument] = []
-    capsules: list[Any] = []
-    first: tuple[str, Framework, int] | None = None
-    abstract = False
-    for role, x in zip(op.roles, arrays, strict=True):
-        if x is None or is_scalar(x):
-            if x is not None:
-                FAST.setdefault(type(x), _scalar_signature)
-            views.append(None if x is None else float(x))
-            continue
-        framework = framework_of(x, f"{op.name}: {role}")
-        if isinstance(framework, Dlpack):
-            capsule, view = framework.open(x, f"{op.name}: {role}")
-            capsules.append(capsule)
-        else:
-            view = framework.view(x, f"{op.name}: {role}")
-        if any(s < 0 for s in view.strides):
-            raise ValueError(f"{op.name}: {role} has negative strides {view.strides}; pass a copy (for example np.ascontiguousarray).")
-        if first is None:
-            first = (role, framework, view.device)
-        elif framework.name != first[1].name:
-            raise TypeError(
-                f"{op.name}: {role} is a {framework.name} array, but {first[0]} is a {first[1].name} array; convert one of them."
-            )
-        elif view.device != first[2]:
-            raise TypeError(f"{op.name}: {role} is on {_place(view.device)}, but {first[0]} is on {_place(first[2])}; move one of them.")
-        abstract |= framework.abstract(x)
-        views.append(view)
-    assert first is not None
-    return _Intake(first[1], tuple(views), first[2], abstract, capsules)
+def _one(position: int) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    return lambda arrays: (arrays[position],)
 
 
-def _place(device: int) -> str:
-    return "the host" if device == HOST else f"cuda:{device}"
+def _remember(key: tuple[Any, ...], bound: Bound) -> None:
+    if len(_WARM) >= _MAX_KEYS:
+        _WARM.clear()
+    _WARM[key] = (bound, *_WARM.get(key, ())[: _MAX_BOUND - 1])
 
 
-def _check_out(op: Op, intake: _Intake, position: int) -> None:
-    out = intake.views[position]
-    assert isinstance(out, View)
-    for role, view in zip(op.roles, intake.views, strict=True):
-        if role != "out" and isinstance(view, View) and share_bytes(out, view):
-            raise _aliased(op.name, role)
-
-
-def _host_call(op: Op, call: Any, arrays: tuple[Any, ...], intake: _Intake, options: Any, given: Any) -> Any:
+def _host_call(op: Op, call: Any, arrays: tuple[Any, ...], intake: Intake, options: Any, given: Any) -> Any:
     framework = intake.framework
     if call.flops > 1e9:
         _warn_once()
     made = [given] if given is not None else [framework.empty(shape, dtype, arrays[0], HOST) for shape, dtype in call.outputs]
-    views = [intake.views[-1]] if given is not None else [_view_of(framework, x) for x in made]
+    views = [intake.views[-1]] if given is not None else [framework_of(x, "result").view(x, "result") for x in made]
     _on_host(call, intake.views, options, tuple(views))
     if given is not None:
         framework.written(given)
+        return given
     return framework.guard(op.name, arrays, _unwrap([framework.release(x, arrays[0]) for x in made]))
 
 
 def _unwrap(results: list[Any]) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
-
-
-def _view_of(framework: Framework, x: Any) -> View:
-    return framework_of(x, "result").view(x, "result") if isinstance(framework, Dlpack) else framework.view(x, "result")
 
 
 def _on_host(call: Any, views: tuple[Argument, ...], options: Any, outputs: tuple[Any, ...]) -> None:
@@ -361,71 +279,25 @@ def _warn_once() -> None:
         )
 
 
-def _device_call(op: Op, call: Any, arrays: tuple[Any, ...], intake: _Intake, options: Any, given: Any) -> Any:
-    framework, device = intake.framework, intake.device
-    if any(0 in shape for shape, _ in call.outputs):  # nothing to compute: nothing is compiled or launched
-        made = [framework.release(framework.empty(shape, dtype, arrays[0], device), arrays[0]) for shape, dtype in call.outputs]
-        return _unwrap(made) if given is None else given
-    bound = bind(op, call, intake.views, framework, device, framework.differentiable(arrays))
-    if isinstance(framework, Dlpack):
-        return _foreign_call(bound, arrays, intake)
-    key: list[Any] = [op.name, options]
-    pointers: list[int] = []
-    for x, view in zip(arrays, intake.views, strict=True):
-        read = None if x is None else FAST.get(type(x))
-        key.append(read(x)[1] if read else x if x is None else type(x))
-        pointers.append(view.ptr if isinstance(view, View) else 0)
-    if all(x is None or type(x) in FAST for x in arrays):
-        if len(_BOUND) >= _MAX_BOUND:
-            _BOUND.clear()
-        _BOUND[tuple(key)] = bound
-    return bound(arrays, pointers)
-
-
-def _foreign_call(bound: Bound, arrays: tuple[Any, ...], intake: _Intake) -> Any:
-    """A DLPack producer's arrays: CuPy owns the result, and the capsules live until the kernel has read them."""
-    result = bound(arrays, [view.ptr if isinstance(view, View) else 0 for view in intake.views])
-    HELD.keep(intake.capsules, intake.device, intake.framework.stream(intake.device))
-    release = intake.framework.release
-    return tuple(release(x, arrays[0]) for x in result) if isinstance(result, tuple) else release(result, arrays[0])
-
-
-def bind(op: Op, call: Any, views: tuple[Argument, ...], framework: Framework, device: int, guarded: bool = False) -> Bound:
-    choice = choose(call, device)
-    best = choice.best
-    missing = [
-        step
-        for step in best.kernel.steps(call, best.config)
-        if isinstance(step, Step) and (step.source, step.defines, choice.problem.arch, device) not in _FUNCTIONS
-    ]
-    if missing and driver.is_capturing(framework.stream(device)):
-        shapes = ", ".join(f"{role} {view.shape}" for role, view in zip(op.roles, views, strict=True) if isinstance(view, View))
-        raise CaptureError(
-            f"{op.name}: this call needs a kernel that is not loaded yet, and a stream is being captured. Before the capture, run "
-            f"cugemm.warmup(cugemm.{op.name}, ...) with these arguments ({shapes}), or call it once."
-        )
-    return Bound(op, call, views, framework, device, choice, guarded)
-
-
 def run_views(
     op: Op, views: tuple[Argument, ...], options: Any, outputs: tuple[View, ...], workspaces: tuple[View, ...], stream: int
 ) -> None:
     """Run `op` on memory that somebody else manages (XLA): every array is a View, results and scratch included."""
-    call = op.check(views, options)
     device = next(view.device for view in views if isinstance(view, View))
-    if device == HOST:
-        _on_host(call, views, options, outputs)
-        return
-    if 0 in [n for view in outputs for n in view.shape]:
-        return
-    bound = bind(op, call, views, _XlaStream(stream), device)
-    pointers = [view.ptr if isinstance(view, View) else 0 for view in views]
-    if bound.out is not None:
-        pointers[bound.out] = outputs[0].ptr
-    else:
-        pointers += [view.ptr for view in outputs]
-    pointers += [view.ptr for view in workspaces]
-    pointers.append(0)
+    looks = tuple(view._replace(ptr=view.ptr & 15) if isinstance(view, View) else view is None for view in views)
+    key = (op.name, options, looks)
+    bound = _VIEWS.get(key)
+    if bound is None:
+        call = op.check(views, options)
+        if device == HOST:
+            _on_host(call, views, options, outputs)
+            return
+        if any(0 in view.shape for view in outputs):
+            return
+        if len(_VIEWS) >= _MAX_KEYS:
+            _VIEWS.clear()
+        bound = _VIEWS[key] = bind(op, call, views, _XlaStream(stream), device)
+    pointers = [view.ptr for view in (*views, *outputs, *workspaces) if isinstance(view, View)]
     bound.enqueue(views, pointers, stream)
 
 
@@ -442,13 +314,10 @@ class _XlaStream(Framework):
 def clear() -> None:
     """Forget every plan and function of this process; the cubins on disk stay."""
     with _lock:
-        _BOUND.clear()
-        _CHOICES.clear()
-        _FUNCTIONS.clear()
-        machine.cache_clear()
-
-
-# --- recording --------------------------------------------------------------------------------------------------------------------
+        for cache in (_WARM, _VIEWS, _CHOICES, _FUNCTIONS):
+            cache.clear()
+        if hasattr(machine, "cache_clear"):
+            machine.cache_clear()
 
 
 @contextmanager
@@ -456,19 +325,12 @@ def recording() -> Iterator[list[Recorded]]:
     """Inside, calls on this thread are checked and planned but not run; each adds a Recorded and returns Specs."""
     global _recording
     calls: list[Recorded] = []
-    outer, _thread.recorder = _thread.recorder, calls
+    outer, _recorder.calls = _recorder.calls, calls
     with _lock:
         _recording += 1
     try:
         yield calls
     finally:
-        _thread.recorder = outer
+        _recorder.calls = outer
         with _lock:
             _recording -= 1
-
-
-def _record(op: Op, call: Any, intake: _Intake) -> Any:
-    assert _thread.recorder is not None
-    choice = None if intake.device == HOST else choose(call, intake.device)
-    _thread.recorder.append(Recorded(op, call, choice, intake.device))
-    return _unwrap([SPEC.empty(shape, dtype, None, intake.device) for shape, dtype in call.outputs])

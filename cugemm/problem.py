@@ -171,7 +171,7 @@ class GemmOp(NamedTuple):
             raise self.wrong_type(f"{role} is {view.dtype}; wanted {wanted}; cast it, or quantise it with cugemm.quantize.")
         if declared is not None and not payload and view.dtype != found.dtype:
             raise self.wrong_type(
-                f"{role} is {view.dtype}, but its format stores {found.dtype}; pass the payload of the Quantized unchanged."
+                f"{role} is {view.dtype}, but {found.name} is stored as {found.dtype}; pass the payload in that dtype."
             )
         return found
 
@@ -196,9 +196,10 @@ class GemmOp(NamedTuple):
             packed = "".join(
                 f" ({self.roles[p]} is packed, two values a byte)" for p, e in ((A, a_element), (B, b_element)) if e.per_byte > 1
             )
+            fix = f"pass {self.roles[B]}.T" if n == k_a and len(b.shape) == 2 else "they must agree"
             raise self.error(
                 f"{self.roles[A]} {a.shape} has k = {k_a}, but {self.roles[B]} {b.shape} "
-                f"read as [{options.b_axes[0]}, {options.b_axes[1]}] has k = {k_b}{packed}; they must agree."
+                f"read as [{options.b_axes[0]}, {options.b_axes[1]}] has k = {k_b}{packed}; {fix}."
             )
         batch, experts = self.batches(a, b, batch_a, batch_b, grouped)
         a_scale = self.scale(views[A_SCALE], A_SCALE, m, k_a, batch_a, options.a_scale_axes == "mk", options.a_block, a)
@@ -381,9 +382,11 @@ class GemmOp(NamedTuple):
             if out.readonly:
                 raise self.error("out is read-only; pass a writable array.")
             strides = out.strides
+            if 0 in shape:  # nothing is written, and strides of empty arrays mean nothing
+                strides = dense_strides(shape)
             if shape[-1] > 1 and shape[-2] > 1 and 1 not in strides[-2:]:
                 raise self.error(f"out has strides {strides}; one of its last two axes must be contiguous (stride 1).")
-            if 0 in [s for n, s in zip(shape, strides, strict=True) if n > 1]:
+            if _overlaps(shape, strides):
                 raise self.error(f"out has strides {strides}: several elements share memory; pass an array of its own.")
         return strides[0] if len(shape) == 3 else 0, strides[-2], strides[-1]
 
@@ -413,6 +416,16 @@ def product(
     op = GemmOp(name, tuple((called or {}).get(role, role) for role in ROLES), a_elements, b_elements, ranks)
     OPS[name] = op
     return op
+
+
+def _overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether two elements may share memory: an axis steps by less than what the finer ones span."""
+    span = 1
+    for step, n in sorted((s, n) for n, s in zip(shape, strides, strict=True) if n > 1):
+        if step < span:
+            return True
+        span += (n - 1) * step
+    return False
 
 
 def _blocks(rows: int, k: int, block: tuple[int, int]) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cugemm.arrays import framework_of
 from cugemm.formats import FORMATS, Format
 
 
@@ -37,9 +38,13 @@ class Quantized:
                 raise ValueError(f"Quantized: format is {fmt!r}; wanted one of {', '.join(FORMATS)}.")
             fmt = FORMATS[fmt]
             object.__setattr__(self, "format", fmt)
-        stored = tuple(self.data.shape)
+        for role, x in (("data", self.data), ("scale", self.scale)):
+            framework_of(x, f"Quantized: {role}")
+        stored = tuple(self.data.shape) if hasattr(self.data, "shape") else framework_of(self.data, "data").view(self.data, "data").shape
         if len(stored) not in (2, 3):
             raise ValueError(f"Quantized: data has shape {stored}; wanted [rows, k] or [batch, rows, k].")
+        if not -len(stored) <= self.k_axis < len(stored):
+            raise ValueError(f"Quantized: k_axis is {self.k_axis}, but data has shape {stored}; wanted one of its last two axes.")
         axis = self.k_axis % len(stored)
         if axis == 0 and len(stored) == 3:
             raise ValueError("Quantized: k_axis is 0, the batch axis; wanted one of the last two axes.")

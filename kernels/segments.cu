@@ -31,8 +31,12 @@ __device__ __forceinline__ i64 source_value(const Args& args, i64 index) {
         const i64 v = reinterpret_cast<const i64*>(args.source)[at];
         return args.is_signed || v >= 0 ? v : kLargest + 1;  // an unsigned value past 2^63 stays too large
     }
-    if (args.width == 2) return args.is_signed ? reinterpret_cast<const i16*>(args.source)[at] : reinterpret_cast<const u16*>(args.source)[at];
-    return args.is_signed ? reinterpret_cast<const i8*>(args.source)[at] : reinterpret_cast<const u8*>(args.source)[at];
+    if (args.width == 2) {
+        const u16 v = reinterpret_cast<const u16*>(args.source)[at];
+        return args.is_signed ? static_cast<i64>(static_cast<i16>(v)) : v;
+    }
+    const u8 v = reinterpret_cast<const u8*>(args.source)[at];
+    return args.is_signed ? static_cast<i64>(static_cast<i8>(v)) : v;
 }
 
 // The groups of 32 * kUnroll rows from `first`, one per lane and step; -1 past the end.
@@ -62,7 +66,8 @@ __device__ __forceinline__ void sort_rows(const Args& args) {
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             const u32 matches = __ballot_sync(~0u, group[u] == mine);
-            if (group[u] == mine) reinterpret_cast<i32*>(args.row_map)[place + __popc(matches & ((1u << lane) - 1))] = static_cast<i32>(first + 32 * u + lane);
+            const i32 earlier = __popc(matches & ((1u << lane) - 1));
+            if (group[u] == mine) reinterpret_cast<i32*>(args.row_map)[place + earlier] = static_cast<i32>(first + 32 * u + lane);
             place += __popc(matches);
         }
     }

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import importlib
 from typing import Any
 
 import numpy as np
@@ -230,7 +231,9 @@ def test_jax(name: str, wrap: Any) -> None:
     jnp = pytest.importorskip("jax.numpy")
     if not hasattr(jnp, name):
         pytest.skip(f"this jax has no {name}")
-    x = jnp.ones((6, 8)).astype(name)
+    jax = importlib.import_module("jax")
+    with jax.default_device(jax.devices("cpu")[0]):
+        x = jnp.ones((6, 8)).astype(name)
     t = read(wrap(x))
     assert t[1:6] == ((6, 8), (8, 1), name, CPU, 0)  # readonly depends on the version of jax
     assert t.ptr == x.unsafe_buffer_pointer()

@@ -88,7 +88,7 @@ class Scaled:
 
 
 @pytest.fixture
-def op(monkeypatch: pytest.MonkeyPatch) -> Scaled:
+def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scaled]:
     op = Scaled()
 
     def run_views(op: Scaled, views: Any, options: Any, outputs: Any, workspaces: Any, stream: int) -> None:
@@ -103,7 +103,10 @@ def op(monkeypatch: pytest.MonkeyPatch) -> Scaled:
     monkeypatch.setattr(adapter, "_compiled", {})
     monkeypatch.setattr(adapter, "_known", {})
     jax.clear_caches()
-    return op
+    former = jax.config.jax_default_device
+    jax.config.update("jax_default_device", jax.devices("cpu")[0])  # in all threads, also where JAX sees a GPU
+    yield op
+    jax.config.update("jax_default_device", former)
 
 
 def scaled(op: Scaled, x: Any, y: Any = None, scale: Any = None, out: Any = None, **options: Any) -> Any:
@@ -141,7 +144,7 @@ def test_scalars_are_cached_by_their_bits(op: Scaled) -> None:
     x = jnp.ones(1)
     for value in (0.0, -0.0, np.nan, np.inf, 0.0, -0.0):
         assert np.asarray(scaled(op, x, scale=value)).tobytes() == np.float32(value).tobytes()
-    there = jax.device_put(x, jax.devices()[0])  # committed, as its result is
+    there = jax.device_put(x, jax.devices("cpu")[0])  # committed, as its result is
     assert [scaled(op, v, scale=2.0).committed for v in (x, there)] == [False, True]
 
 
@@ -420,6 +423,26 @@ def test_the_gpu_handler_finds_device_and_stream(op: Scaled, monkeypatch: pytest
     assert no_stream.call() == 0xE0
     assert no_stream.errors == ["RuntimeError: XLA has no CUDA stream for this call"]
     assert len(seen) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("jit", [False, True])
+def test_gpu_operand_deleted_and_its_memory_taken_again(jit: bool) -> None:
+    """Reading the pointer of a JAX array and launching on another stream fails this 30 times of 30."""
+    devices = [d for d in jax.devices() if d.platform == "gpu"]
+    if not devices:
+        pytest.skip("this jax has no GPU")
+    n = 4096
+    f = jax.jit(cugemm.matmul) if jit else cugemm.matmul
+    with jax.default_device(devices[0]):
+        identity = jnp.eye(n, dtype=jnp.bfloat16)
+        for i in range(30):
+            x = jnp.full((n, n), i, jnp.bfloat16)
+            y = f(x, identity)
+            del x
+            taken = jnp.full((n, n), 77, jnp.bfloat16)
+            assert y.devices() == taken.devices() == {devices[0]}
+            assert bool((y == i).all())
 
 
 def test_disable_jit(op: Scaled) -> None:

@@ -19,19 +19,20 @@ ROOMS = (
     {"arrays", "quantized"},
     {"problem", "conversion"},
     {"catalog", "reference"},
-    {"host", "select"},
-    {"compile", "tensormap", "launch"},
+    {"host", "select", "intake"},
+    {"compile", "tensormap", "packed", "launch"},
     {"plan"},
     {"api"},
-    {"", "gemm", "adapters", "layers", "checkpoints", "tune", "bench", "demo", "info", "__main__"},
+    {"", "gemm", "adapters", "layers", "checkpoints", "tune", "cases", "measure", "bench", "demo", "info", "__main__"},
 )
 """Rooms of the package, leaves first: a module imports from its own row and the rows above it. "" is cugemm/__init__.py."""
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 UPWARD = {("arrays", "adapters"), ("launch", "adapters")}
 """Allowed inside functions: the adapter of a framework is imported when its first array arrives."""
 FRAMEWORKS = {"torch", "jax", "jaxlib"}
-NAME_FRAMEWORKS = {"arrays", "adapters", "bench"}
-"""bench measures torch beside us."""
+MEASURE_FRAMEWORKS = {"bench", "cases", "measure"}
+"""They run torch beside us."""
+NAME_FRAMEWORKS = {"arrays", "adapters"} | MEASURE_FRAMEWORKS
 
 
 class Import(NamedTuple):
@@ -121,7 +122,7 @@ def test_frameworks_are_imported_in_adapters_alone() -> None:
     wrong = [
         f"{path.name}:{i.line} imports {i.target}"
         for name, path in modules().items()
-        if room(name) not in {"adapters", "bench"}
+        if room(name) not in {"adapters"} | MEASURE_FRAMEWORKS
         for i in imports(name, path)
         if room(i.target) in FRAMEWORKS
     ]

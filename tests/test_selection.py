@@ -21,6 +21,13 @@ LAPTOP = Device("RTX 3050", 16, 1_500_000, 160.0, 2 << 20, 100 << 10)
 NK = ((1, 1), (7, 13), (128, 128), (4096, 4096), (11008, 4096), (28672, 4096), (7168, 16384), (1, 100_000), (100_000, 1), (4096, 0))
 
 
+ROUNDING = 1 + 1e-9
+
+
+def grows(prices: list[float]) -> bool:
+    return all(low <= high * ROUNDING for low, high in itertools.pairwise(prices))
+
+
 def question(
     m: int = 8, n: int = 4096, k: int = 4096, a: str = "bf16", b: str = "bf16", target: str = "sm_90a", *, batch: int = 1, grouped: bool = False,
     majors: tuple[str, str] = ("k", "k"), vector: bool = True, block_scaled: bool = False, out: str = "bfloat16", accumulate: str = "fast",
@@ -130,11 +137,11 @@ def test_more_work_is_never_predicted_faster(device: Device, pair: tuple[str, st
 
     for m in (1, 16, 128, 4096):
         for sizes in ({"n": n} for n in (128, 1024, 4096, 11008, 28672, 100_000)):
-            assert best(m=m, **sizes) <= best(m=m, n=2 * sizes["n"])
-        assert [best(m=m, k=k) for k in (64, 512, 4096, 16384)] == sorted(best(m=m, k=k) for k in (64, 512, 4096, 16384))
-        assert best(m=m, batch=1) <= best(m=m, batch=8)
+            assert best(m=m, **sizes) <= best(m=m, n=2 * sizes["n"]) * ROUNDING
+        assert grows([best(m=m, k=k) for k in (64, 512, 4096, 16384)])
+        assert best(m=m, batch=1) <= best(m=m, batch=8) * ROUNDING
     by_m = [best(m=m) for m in BUCKETS]
-    assert all(low <= high * 1.0001 for low, high in itertools.pairwise(by_m)), by_m
+    assert grows(by_m), by_m
 
 
 def test_every_candidate_is_priced_monotonically() -> None:
@@ -143,7 +150,7 @@ def test_every_candidate_is_priced_monotonically() -> None:
         problem = question(64, n, a="e4m3", b="e4m3", vector=vector, block_scaled=scaled)
         for config in portable.KERNEL.candidates(problem):
             prices = [portable.KERNEL.cost(problem._replace(n=width), config, arch.H100) for width in (n, n + 1, 2 * n, 4 * n)]
-            assert prices == sorted(prices)
+            assert grows(prices), prices
 
 
 def test_a_small_gpu_is_slower_and_priced_by_its_own_figures() -> None:
@@ -151,11 +158,11 @@ def test_a_small_gpu_is_slower_and_priced_by_its_own_figures() -> None:
         problem = question(m, n, k)
         assert select.choose(problem, SMALL).best.us > 2 * select.choose(problem, arch.H100).best.us
     many, few = question(4096, 8192, 8192), question(1, 28672, 4096)
+    assert select.choose(many, arch.H100).best.config.block_m == 128
     for device in (arch.H100, SMALL):
-        assert select.choose(many, device).best.config.block_m == 128
-        assert select.choose(few, device).best.config.block_m == 16
-        floor = 28672 * 4096 * 2 / device.read_gbs * 1e-3
-        assert select.choose(few, device).best.us > floor
+        assert select.choose(few, device).best.us > 28672 * 4096 * 2 / device.read_gbs * 1e-3, "faster than the weights can be read"
+        peak = device.sm_count * device.clock_khz * 1e-3 * 4096
+        assert select.choose(many, device).best.us > 2 * 4096 * 8192 * 8192 / peak, "faster than the tensor cores"
 
 
 def test_refusals_are_listed() -> None:

@@ -351,14 +351,10 @@ def _execute(frame: list[int], on_gpu: bool) -> None:
         *(_Word * frame[_ARGS]).from_address(frame[_ARG_POINTERS])[:],
         *(_Word * frame[_RETS]).from_address(frame[_RET_POINTERS])[:],
     ]
-    views = [
-        None
-        if form is None
-        else View(_Word.from_address(pointers[form.buffer] + _DATA).value, form.shape, form.strides, form.dtype, device)
-        for form in known.forms
-    ]
-    first, scratch = known.first_output, known.first_workspace
-    launch.run_views(known.op, tuple(views[:first]), known.options, tuple(views[first:scratch]), tuple(views[scratch:]), stream)
+    views = tuple([None if form is None else form.view(pointers, device) for form in known.arguments])
+    outputs = tuple([form.view(pointers, device) for form in known.outputs])
+    workspaces = tuple([form.view(pointers, device) for form in known.workspaces])
+    launch.run_views(known.op, views, known.options, outputs, workspaces, stream)
 
 
 class _Form(NamedTuple):
@@ -369,15 +365,18 @@ class _Form(NamedTuple):
     strides: tuple[int, ...]
     dtype: str
 
+    def view(self, buffers: list[int], device: int) -> View:
+        return View(_Word.from_address(buffers[self.buffer] + _DATA).value, self.shape, self.strides, self.dtype, device)
+
 
 class _Known(NamedTuple):
     """A call's attribute, understood."""
 
     op: Any
     options: Any
-    forms: tuple[_Form | None, ...]  # arguments, outputs, workspaces
-    first_output: int
-    first_workspace: int
+    arguments: tuple[_Form | None, ...]
+    outputs: tuple[_Form, ...]
+    workspaces: tuple[_Form, ...]
 
 
 _known: dict[bytes, _Known] = {}
@@ -385,12 +384,13 @@ _known: dict[bytes, _Known] = {}
 
 
 def _understand(op: Any, spec: Spec, options: Any) -> _Known:
-    forms: list[_Form | None] = []
     buffers = itertools.count()
-    for array in (*spec.arguments, *spec.outputs, *spec.workspaces):
-        forms.append(None if array is None else _Form(next(buffers), *_view(0, tuple(array[0]), array[1], HOST)[1:4]))
-    arguments = len(spec.arguments)
-    return _Known(op, options, tuple(forms), arguments, arguments + len(spec.outputs))
+
+    def form(array: Array) -> _Form:
+        return _Form(next(buffers), *_view(0, tuple(array[0]), array[1], HOST)[1:4])
+
+    arguments = tuple([None if array is None else form(array) for array in spec.arguments])
+    return _Known(op, options, arguments, tuple(map(form, spec.outputs)), tuple(map(form, spec.workspaces)))
 
 
 def _read(attribute: bytes) -> _Known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from cugemm.arrays import dtype_name
+from cugemm.arrays import dtype_name, framework_of
 from cugemm.catalog import KERNELS
 from cugemm.formats import Format
 from cugemm.launch import run
@@ -19,7 +19,12 @@ def gemm_options(
     """The checked options of one call, cached by value. `backends`: names FlashInfer's entry takes, which all mean our choice."""
     if out_dtype is not None and hasattr(out_dtype, "shape") and not isinstance(out_dtype, type):
         raise TypeError(f"{op.name}: out_dtype is an array; it wants a dtype. Pass scales by keyword: a_scale=..., b_scale=...")
-    return _options(op.name, out_dtype, backend, backends, accumulate, tuple(fixed.items()))
+    try:
+        return _options(op.name, out_dtype, backend, backends, accumulate, tuple(fixed.items()))
+    except TypeError as error:
+        if not str(error).startswith("unhashable"):
+            raise
+        raise TypeError(f"{op.name}: out_dtype is {out_dtype!r}, which is not a dtype; pass a name such as 'bfloat16' or a dtype object.") from None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -84,5 +89,24 @@ def _check_axis(op: GemmOp, position: int, q: Quantized, wanted: int) -> None:
 
 def is_float16(x: Any) -> bool:
     """A 16-bit array of any framework (bfloat16 or float16)."""
-    name = str(getattr(x, "dtype", ""))
-    return name.endswith("float16")
+    dtype = getattr(x, "dtype", None)
+    if dtype is None and hasattr(x, "__dlpack__"):
+        dtype = framework_of(x, "operand").view(x, "operand").dtype
+    return str(dtype).endswith("float16")
+
+
+def shape_of(name: str, role: str, x: Any) -> tuple[int, ...]:
+    """The shape of an operand before its call is checked, logical for a Quantized; TypeError for what is no array."""
+    if type(x) is Quantized:
+        return x.shape
+    framework = framework_of(x, f"{name}: {role}")
+    return tuple(x.shape) if hasattr(x, "shape") else framework.view(x, f"{name}: {role}").shape
+
+
+def same_k(op: GemmOp, a: Any, b: Any, b_axis: int) -> None:
+    """Refuse operands that differ in k before one of them is converted, which would launch."""
+    shape_a, shape_b = shape_of(op.name, op.roles[0], a), shape_of(op.name, op.roles[1], b)
+    if len(shape_a) >= 1 and len(shape_b) >= 2 and shape_a[-1] != shape_b[b_axis]:
+        raise op.error(
+            f"{op.roles[0]} {shape_a} has k = {shape_a[-1]}, but {op.roles[1]} {shape_b} has k = {shape_b[b_axis]}; they must agree."
+        )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cugemm.api.common import gemm_options, is_float16, product
+from cugemm.api.common import gemm_options, is_float16, product, same_k, shape_of
 from cugemm.api.quantize import cast_e4m3, quantize
+from cugemm.formats import FORMATS
 from cugemm.problem import FLOATS4, FLOATS8, FLOATS16, GemmOp
 from cugemm.problem import product as register
 from cugemm.quantized import Quantized
@@ -75,8 +76,13 @@ def linear(
     """
     options = gemm_options(_LINEAR, out_dtype, backend, (), accumulate, b_axes="nk")
     lead: tuple[int, ...] = ()
-    shape = x.shape
+    shape = shape_of("linear", "x", x)
+    if activations is not None:
+        _check_activations(x, activations)
+        same_k(_LINEAR, x, w, -1)
     if len(shape) != 2 and type(x) is not Quantized:
+        if not shape or not hasattr(x, "reshape"):
+            raise ValueError(f"linear: x has shape {shape}; wanted a 2-D array.")
         lead, x = shape[:-1], x.reshape((-1, shape[-1]))
         if out is not None:
             out_2d = out.reshape((-1, out.shape[-1]))
@@ -90,6 +96,14 @@ def linear(
         x = quantize(x, activations)
     y = product(_LINEAR, x, w, options, bias=bias, out=out)
     return y.reshape((*lead, y.shape[-1])) if len(shape) != 2 and lead is not None and tuple(y.shape) != (*lead, y.shape[-1]) else y
+
+
+def _check_activations(x: Any, activations: str) -> None:
+    known = [name for name, fmt in FORMATS.items() if fmt.element.name in FLOATS8]
+    if activations not in known:
+        raise ValueError(f"linear: activations is {activations!r}; wanted one of {', '.join(known)}.")
+    if type(x) is Quantized:
+        raise TypeError("linear: x is a Quantized already; drop activations.")
 
 
 def _same_memory(a: Any, b: Any) -> bool:
@@ -193,6 +207,7 @@ def bmm_fp8(
             raise TypeError("bmm_fp8: B_scale is missing; with fp8 A pass both scales, bmm_fp8(A, B, A_scale, B_scale, dtype).")
         A_scale, B_scale = None, A_scale
     if is_float16(B):
+        same_k(_BMM_FP8, A, B, -2)
         B = cast_e4m3(B)
     return product(
         _BMM_FP8, A, B, gemm_options(_BMM_FP8, dtype, backend, _FP8_BACKENDS, accumulate), a_scale=A_scale, b_scale=B_scale, out=out
@@ -257,6 +272,9 @@ def _groupwise(
             f"{op.name}: scale_major_mode is {mode!r}; wanted 'K' for scales [rows, k/128] or 'MN' for [k/128, rows], "
             "because square scales fit both."
         )
+    for role, x, scale in ((0, a, a_scale), (1, b, b_scale)):
+        if scale is None and type(x) is not Quantized:
+            raise op.wrong_type(f"{op.roles[role + 2]} is missing; pass one float32 scale per block of {op.roles[role]}.")
     gm, gn, gk = granularity
     options = gemm_options(
         op, out_dtype, backend, ("cutlass", "trtllm", "cutile"), "promoted",
@@ -281,20 +299,26 @@ def fp8_blockscale_gemm_sm90(
     >>> out = cugemm.fp8_blockscale_gemm_sm90(x, w)
     """
     name = _BLOCKSCALE_SM90.name
+    same_k(_BLOCKSCALE_SM90, input, weight, -1)
+    if is_float16(weight) and not is_float16(input):
+        raise ValueError(
+            f"{name}: input is {_dtype(input)} and weight is {_dtype(weight)}; "
+            "quantise the weight too (cugemm.quantize(weight, 'fp8_block'))."
+        )
     operands = []
     for role, x, scale, fmt in (("input", input, input_scale, "fp8_group"), ("weight", weight, weight_scale, "fp8_block")):
         if is_float16(x):
             if scale is not None:
-                raise ValueError(f"{name}: {role} is {x.dtype} and is quantised here, so {role}_scale must be None.")
+                raise ValueError(f"{name}: {role} is {_dtype(x)} and is quantised here, so {role}_scale must be None.")
         elif scale is None and type(x) is not Quantized:
-            raise ValueError(f"{name}: {role} is {x.dtype}, so {role}_scale is needed: float32, one scale per 128 values along k.")
+            raise ValueError(f"{name}: {role} is {_dtype(x)}, so {role}_scale is needed: float32, one scale per 128 values along k.")
         operands.append(quantize(x, fmt) if is_float16(x) else x)
-    if is_float16(weight) and not is_float16(input):
-        raise ValueError(
-            f"{name}: input is {input.dtype} and weight is {weight.dtype}; quantise the weight too (cugemm.quantize(weight, 'fp8_block'))."
-        )
     options = gemm_options(_BLOCKSCALE_SM90, out_dtype, accumulate="promoted", b_axes="nk")
     return product(_BLOCKSCALE_SM90, operands[0], operands[1], options, a_scale=input_scale, b_scale=weight_scale, out=out)
+
+
+def _dtype(x: Any) -> str:
+    return type(x).__name__ if type(x) is Quantized or not hasattr(x, "dtype") else str(x.dtype).removeprefix("torch.")
 
 
 def mm_fp4(
@@ -332,6 +356,7 @@ def mm_fp4(
     if a_descale is not None and b_descale is not None:
         raise TypeError(f"mm_fp4: a is {a.dtype}, which takes no a_descale; pass mm_fp4(a, b, scale_of_b).")
     b_scale = b_descale if a_descale is None else a_descale
-    packed = len(b.shape) >= 2 and len(a.shape) >= 1 and 2 * b.shape[-2] == a.shape[-1]
+    shape_a, shape_b = shape_of("mm_fp4", "a", a), shape_of("mm_fp4", "b", b)
+    packed = len(shape_b) >= 2 and len(shape_a) >= 1 and 2 * shape_b[-2] == shape_a[-1]
     options = gemm_options(_MM_FP4, out_dtype, backend, _FP4_BACKENDS, b_element="e2m1x2" if packed else "e2m1")
     return product(_MM_FP4, a, b, options, b_scale=b_scale, alpha=alpha, out=out)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cugemm.api.common import gemm_options
+from cugemm.api.common import gemm_options, shape_of
+from cugemm.arrays import is_scalar
 from cugemm.launch import run
 from cugemm.problem import FLOATS8, FLOATS16, product
 
@@ -39,7 +40,7 @@ class SegmentGEMMWrapper:
         device: Any = None,
     ) -> None:
         sizes = (num_experts, hidden_size, intermediate_size)
-        if float_workspace_buffer is None and None in sizes and sizes != (None, None, None):
+        if None in sizes and sizes != (None, None, None):
             raise TypeError("SegmentGEMMWrapper: pass num_experts, hidden_size and intermediate_size together, or none of them.")
         if any(n is not None and n < 0 for n in sizes):
             raise ValueError(f"SegmentGEMMWrapper: num_experts, hidden_size, intermediate_size are {sizes}; they cannot be negative.")
@@ -80,11 +81,13 @@ class SegmentGEMMWrapper:
         if self._shape is not None:
             experts, hidden, intermediate = self._shape
             wanted = (experts, intermediate, hidden) if weight_column_major else (experts, hidden, intermediate)
-            if tuple(weights.shape) != wanted:
+            shape = shape_of("SegmentGEMMWrapper.run", "weights", weights)
+            if shape != wanted:
                 raise ValueError(
-                    f"SegmentGEMMWrapper.run: weights have shape {tuple(weights.shape)}, but the wrapper was built for {wanted}."
+                    f"SegmentGEMMWrapper.run: weights have shape {shape}, but the wrapper was built for {wanted}."
                 )
-        rows = {"expert_indices": batch_size if hasattr(batch_size, "shape") else None, "seg_indptr": seg_indptr, "seg_lens": seg_lens}
+        counted = batch_size is None or is_scalar(batch_size)
+        rows = {"expert_indices": None if counted else batch_size, "seg_indptr": seg_indptr, "seg_lens": seg_lens}
         given = [name for name, value in rows.items() if value is not None]
         if len(given) != 1:
             shown = " and ".join(given) if given else "nothing"
@@ -95,10 +98,11 @@ class SegmentGEMMWrapper:
             given[0]
         ]
         segments = rows[given[0]]
+        count = shape_of("SegmentGEMMWrapper.run", given[0], segments)
         if kind == "indices" and weight_indices is not None:
             raise ValueError("SegmentGEMMWrapper.run: weight_indices go with segments; expert_indices name the matrices already.")
-        if kind != "indices" and batch_size is not None and batch_size != segments.shape[0] - (kind == "indptr"):
-            raise ValueError(f"SegmentGEMMWrapper.run: batch_size is {batch_size}, but {given[0]} has shape {tuple(segments.shape)}.")
+        if kind != "indices" and batch_size is not None and count[:1] != (batch_size + (kind == "indptr"),):
+            raise ValueError(f"SegmentGEMMWrapper.run: batch_size is {batch_size}, but {given[0]} has shape {count}.")
         options = gemm_options(
             op, out_dtype, self._backend, ("sm80", "sm90"), b_axes="nk" if weight_column_major else "kn", segments=kind
         )  # fmt: skip

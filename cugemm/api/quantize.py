@@ -57,4 +57,8 @@ def dequantize(q: Quantized, dtype: Any = "bfloat16") -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _options(format: str | Format, cast: bool, dtype: Any) -> QuantizeOptions:
-    return QuantizeOptions(format if isinstance(format, str) else format.name, cast, dtype_name(dtype) if dtype != "" else "")
+    name = format.name if isinstance(format, Format) else format
+    try:
+        return QuantizeOptions(name, cast, dtype_name(dtype) if dtype != "" else "")
+    except TypeError as error:
+        raise TypeError(f"dequantize: dtype: {error}") from None

@@ -9,6 +9,7 @@ from cugemm.problem import FLOATS16
 from cugemm.problem import product as register
 
 _TGV = register("tgv_gemm", FLOATS16, FLOATS16)
+_TGV_SM100 = register("tgv_gemm_sm100", FLOATS16, FLOATS16)
 
 
 def tgv_gemm(a: Any, b: Any, bias: Any = None, pdl: bool = False, out: Any = None, *, out_dtype: Any = None, backend: str = "auto") -> Any:
@@ -29,4 +30,4 @@ def tgv_gemm_sm100(a: Any, b: Any, bias: Any = None, pdl: bool = False, out: Any
 
     >>> out = cugemm.tgv_gemm_sm100(a, b)
     """
-    return tgv_gemm(a, b, bias, pdl, out)
+    return product(_TGV_SM100, a, b, gemm_options(_TGV_SM100), bias=bias, out=out)

@@ -50,6 +50,10 @@ _LARGE = _Tile((128, 128, 64, 2, 2, 1), 0.45, 0.30)
 _LARGE_DECODING = _Tile((128, 128, 64, 2, 4, 1), 0.36, 0.30)
 _MEDIUM = _Tile((64, 64, 64, 2, 2, 1), 0.24, 0.20)
 _SMALL = _Tile((16, 32, 256, 1, 1, 4), 0.03, 0.16)
+# Element-wise loads hold a k-step in registers one value each: more warps or a shorter step, and no large tile beside block scales.
+_LARGE_ANY = _Tile((128, 128, 64, 2, 4, 1), 0.12, 0.10)
+_MEDIUM_ANY = _Tile((64, 64, 64, 2, 4, 1), 0.08, 0.08)
+_SMALL_ANY = _Tile((16, 32, 128, 1, 1, 4), 0.02, 0.06)
 
 
 class Portable:
@@ -81,8 +85,7 @@ class Portable:
         cta_bytes = problem.k * (config.block_m * bits_a + config.block_n * bits_b) / 8
         sm_rate = device.read_gbs * 1e3 / device.sm_count * min(1.0, tile.read * resident)  # bytes/us
         planes = 2 if {problem.a, problem.b} == {BF16.name, FP16.name} else 1
-        slowdown = (1.0 if problem.vector else 3.0) * planes
-        wave = max(flops / (peak * tile.flops) * slowdown, cta_bytes * resident / sm_rate * (1.0 if problem.vector else 2.0))
+        wave = max(flops / (peak * tile.flops) * planes, cta_bytes * resident / sm_rate)
         return 3.0 + waves * wave
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
@@ -100,7 +103,9 @@ class Portable:
 
 
 def _tiles(problem: Problem) -> tuple[_Tile, ...]:
-    plain = problem.vector and not problem.block_scaled and problem.a == problem.b and problem.a in (BF16.name, FP16.name)
+    if not problem.vector:
+        return (_MEDIUM_ANY, _SMALL_ANY) if problem.block_scaled else (_LARGE_ANY, _MEDIUM_ANY, _SMALL_ANY)
+    plain = not problem.block_scaled and problem.a == problem.b and problem.a in (BF16.name, FP16.name)
     return (_LARGE if plain else _LARGE_DECODING, _MEDIUM, _SMALL)
 
 

@@ -2,22 +2,28 @@
 #pragma once
 #include "common/numbers.cuh"
 
-template <int kType>
-constexpr int kStoredBytes = kType == kFp32 ? 4 : 2;
-
-// Two neighbours along n, contiguous and aligned to their joint size.
-template <int kType>
-__device__ __forceinline__ void store_pair(u64 address, float x0, float x1) {
-    if constexpr (kType == kFp32)
-        asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(x0), "f"(x1) : "memory");
-    else
-        *reinterpret_cast<u32*>(address) = kType == kBf16 ? pack_bf16(x0, x1) : pack_fp16(x0, x1);
-}
-
-template <int kType>
-__device__ __forceinline__ void store_one(u64 address, float x) {
-    if constexpr (kType == kFp32)
-        *reinterpret_cast<float*>(address) = x;
-    else
-        *reinterpret_cast<u16*>(address) = static_cast<u16>(kType == kBf16 ? pack_bf16(x, x) : pack_fp16(x, x));
+// `count` neighbours along n, at most four. One store where all four are contiguous and aligned, else one each.
+__device__ __forceinline__ void store_four(u64 out, i64 index, i64 column_stride, int type, const float (&x)[4], int count) {
+    const bool together = count == 4 && column_stride == 1;
+    if (type == kFp32) {
+        float* p = reinterpret_cast<float*>(out) + index;
+        if (together && reinterpret_cast<u64>(p) % 16 == 0) {
+            *reinterpret_cast<float4*>(p) = {x[0], x[1], x[2], x[3]};
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (i < count) p[i * column_stride] = x[i];
+    } else {
+        u16* p = reinterpret_cast<u16*>(out) + index;
+        const u32 low = type == kBf16 ? pack_bf16(x[0], x[1]) : pack_fp16(x[0], x[1]);
+        const u32 high = type == kBf16 ? pack_bf16(x[2], x[3]) : pack_fp16(x[2], x[3]);
+        if (together && reinterpret_cast<u64>(p) % 8 == 0) {
+            *reinterpret_cast<uint2*>(p) = {low, high};
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (i < count) p[i * column_stride] = static_cast<u16>((i < 2 ? low : high) >> (i % 2 * 16));
+    }
 }

@@ -147,7 +147,7 @@ __device__ __forceinline__ u32 encode_fp8(float x) {
     constexpr u32 kMinNormal = (kBias + 1) << 23;                 // fp32 bits of the smallest normal fp8
     constexpr u32 kMagic = (kBias + 1 + kDropped) << 23;          // adding it rounds to the subnormals' spacing
     const u32 bits = __float_as_uint(x), sign = bits >> 24 & 0x80;
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return sign | 0x7F;
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7F;  // without its sign, as the hardware's cvt
     const u32 magnitude = smaller(bits & 0x7FFFFFFFu, __float_as_uint(kElementMax<kElement>));
     if (magnitude < kMinNormal) return sign | (__float_as_uint(__uint_as_float(magnitude) + __uint_as_float(kMagic)) - kMagic);
     const u32 rounded = magnitude + (1u << (kDropped - 1)) - 1 + (magnitude >> kDropped & 1);

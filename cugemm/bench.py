@@ -1,0 +1,252 @@
+"""`python -m cugemm bench`: the rows of a benchmark document, measured. Method: docs/benchmarks/README.md; schema: `records`."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cugemm import cases, launch, measure
+from cugemm.api import dense
+from cugemm.arrays import numpy_dtype
+from cugemm.cases import Case
+from cugemm.errors import NoKernelError
+from cugemm.records import Row
+
+_ARENA = 1 << 30
+_POOL = 1 << 22
+_HOST_SHAPE = (16, 4096, 4096)
+
+
+# Time on the GPU
+
+
+class Bench:
+    """Measures products on GPU 0. Making one measures the read bandwidth."""
+
+    def __init__(self) -> None:
+        self._target, self._info = launch.machine(0)
+        self._stream = measure.Stream(_ARENA)
+        self.read_gbs = self._stream.read_gbs()
+        pool = np.random.default_rng(0).standard_normal(_POOL, np.float32)
+        self._pools = {name: measure.to_device(pool.astype(numpy_dtype(name))).view(np.uint16) for name in ("bfloat16", "float16")}
+
+    def rows(self, shapes: Iterable[tuple[int, int, int]], formats: Sequence[str], until: float) -> Iterator[list[Row]]:
+        """Rows of each (m, n, k), until `time.monotonic()` passes `until`; shapes after that are left out."""
+        chosen = [cases.case(name) for name in formats]
+        for m, n, k in shapes:
+            if time.monotonic() > until:
+                return
+            yield self._shape(chosen, m, n, k)
+            _free()
+
+    def _shape(self, chosen: Sequence[Case], m: int, n: int, k: int) -> list[Row]:
+        """All formats and baselines of one shape, in turns."""
+        graphs: dict[str, measure.Graph] = {}
+        notes: dict[str, str] = {}
+
+        def add(name: str, make: Callable[[], measure.Graph]) -> None:
+            try:
+                graphs[name] = make()
+            except Exception as error:  # whatever one product or one peer does, the others are measured
+                notes[name] = f"{name}: {_first_line(error)}"
+
+        for case in chosen:
+            size = cases.traffic(case, m, n, k)
+            add(case.format, functools.partial(self._ours, case, m, n, k))
+            add(f"stream {size}", functools.partial(self._read, size))
+        if measure.optional("torch") is not None:
+            for name in dict.fromkeys(name for case in chosen for name in case.baselines):
+                add(name, functools.partial(self._torch, name, m, n, k))
+        try:
+            times = measure.interleaved(graphs)
+        except Exception as error:  # an error of the GPU shows only here, and belongs to no one graph
+            times, notes = {}, {case.format: _first_line(error) for case in chosen}
+        return [self.row(case, m, n, k, times, notes) for case in chosen]
+
+    def row(self, case: Case, m: int, n: int, k: int, times: Mapping[str, float], notes: Mapping[str, str]) -> Row:
+        size = cases.traffic(case, m, n, k)
+        peak = measure.peak_tflops(self._target, self._info, cases.is_fp8(case))
+        floor = max(size / self.read_gbs / 1e3, cases.flops(m, n, k) / peak / 1e6)
+        return _row(
+            _product(case, m, n, k), us=_rounded(times.get(case.format)), floor_us=_rounded(floor),
+            stream_us=_rounded(times.get(f"stream {size}")),
+            baselines={name: _rounded(times[name]) for name in case.baselines if name in times},
+            note="; ".join(notes[name] for name in (case.format, f"stream {size}", *case.baselines) if name in notes),
+        )  # fmt: skip
+
+    def _copies(self, weight_bytes: int) -> int:
+        return measure.copies_for(weight_bytes, self._info.l2_bytes)
+
+    def _ours(self, case: Case, m: int, n: int, k: int) -> measure.Graph:
+        copies = self._copies(n * k * (1 if case.weights else 2))
+        a = case.activation(self._values((m, k), case.dtype, 0))
+        weights = [case.weight(self._values((n, k), case.dtype, i + 1)) for i in range(copies)]
+        out = case.product(a, weights[0])
+        return measure.graph(measure.CupyGraph, lambda i: case.product(a, weights[i % copies], out), copies)
+
+    def _read(self, size: int) -> measure.Graph:
+        return measure.graph(measure.CupyGraph, self._stream.call(size), self._stream.copies(size))
+
+    def _torch(self, name: str, m: int, n: int, k: int) -> measure.Graph:
+        copies = self._copies(n * k * (1 if "fp8" in name else 2))
+        return measure.graph(measure.TorchGraph, measure.torch_baseline(name, m, n, k, copies), copies)
+
+    def _values(self, shape: tuple[int, int], dtype: str, seed: int) -> Any:
+        """Normal random values: one pool of them, begun at another place for each seed and repeated."""
+        import cupy  # noqa: PLC0415
+
+        pool, size = self._pools[dtype], math.prod(shape)
+        made = cupy.empty(size, np.uint16)
+        for at, start, length in pieces(size, seed * 77_777 % _POOL, _POOL):
+            made[at : at + length] = pool[start : start + length]
+        return made.view(numpy_dtype(dtype)).reshape(shape)
+
+
+def pieces(size: int, start: int, period: int) -> Iterator[tuple[int, int, int]]:
+    """(position, position in the pool, length) of the copies that fill `size` values from a pool of `period`, begun at `start`."""
+    at = 0
+    while at < size:
+        length = min(period - start, size - at)
+        yield at, start, length
+        at, start = at + length, 0
+
+
+def _product(case: Case, m: int, n: int, k: int) -> Row:
+    try:
+        kernel = ": ".join(cases.kernel(case, m, n, k, 0))
+    except NoKernelError:
+        kernel = "none"
+    return {"op": case.op, "format": case.format, "m": m, "n": n, "k": k, "groups": 1, "kernel": kernel}
+
+
+def _row(product: Row, note: str = "", **measured: Any) -> Row:
+    return {**product, **measured, **({"note": note} if note else {})}
+
+
+def _rounded(us: float | None) -> float | None:
+    return None if us is None else round(float(us), 2)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0][:200]}"
+
+
+def _free() -> None:
+    import cupy  # noqa: PLC0415
+
+    cupy.get_default_memory_pool().free_all_blocks()
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.cuda.empty_cache()
+
+
+# Time on the host
+
+
+def host_rows() -> list[Row]:
+    """Host time of a warm `mm_fp8` per framework, with and without out=, beside torch._scaled_mm, in one run."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes most of the GPU's memory from the others
+    import cupy  # noqa: PLC0415
+
+    calls: dict[str, Callable[[], object]] = {}
+    notes: dict[str, str] = {}
+    for name, make in (("CuPy", _cupy_calls), ("PyTorch", _torch_calls), ("JAX, eager", _jax_calls)):
+        try:
+            made = make()
+            for call in made.values():
+                call()
+            calls |= made
+        except Exception as error:  # a framework that is absent or broken is a note
+            notes[name] = f"{name}: {_first_line(error)}"
+    times = measure.host_us(calls, cupy.cuda.Device().synchronize)
+    product = _product(cases.CASES["fp8_tensor"], *_HOST_SHAPE)
+    peers = {name: round(us, 2) for name, us in times.items() if name.startswith("torch.")}
+    rows = [
+        _row(product, host_us=round(us, 2), host_baselines=peers, note=f"{name}, warm") for name, us in times.items() if name not in peers
+    ]
+    return rows + [_row(product, host_us=None, host_baselines=peers, note=note) for note in notes.values()]
+
+
+def _operands() -> tuple[Any, Any, Any]:
+    """(a [m, k], w [n, k], scale [1]) in host memory."""
+    m, n, k = _HOST_SHAPE
+    x = np.random.default_rng(0).standard_normal((m + n, k), np.float32).astype(numpy_dtype("float8_e4m3fn"))
+    return x[:m], x[m:], np.full(1, 0.5, np.float32)
+
+
+def _cupy_calls() -> dict[str, Callable[[], object]]:
+    a, w, s = map(measure.to_device, _operands())
+    b = w.T
+    out = dense.mm_fp8(a, b, a_scale=s, b_scale=s)
+    return {
+        "CuPy": lambda: dense.mm_fp8(a, b, a_scale=s, b_scale=s),
+        "CuPy, out=": lambda: dense.mm_fp8(a, b, a_scale=s, b_scale=s, out=out),
+    }
+
+
+def _torch_calls() -> dict[str, Callable[[], object]]:
+    torch = _needed("torch")
+    a, w = (torch.from_numpy(x.view(np.uint8)).cuda().view(torch.float8_e4m3fn) for x in _operands()[:2])
+    b, s = w.t(), torch.full((1,), 0.5, device="cuda")
+    out = dense.mm_fp8(a, b, a_scale=s, b_scale=s)
+    scaled_mm, options = torch._scaled_mm, {"scale_a": s, "scale_b": s, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return {
+        "PyTorch": lambda: dense.mm_fp8(a, b, a_scale=s, b_scale=s),
+        "PyTorch, out=": lambda: dense.mm_fp8(a, b, a_scale=s, b_scale=s, out=out),
+        "torch.fp8_tensor": lambda: scaled_mm(a, b, **options),
+        "torch.fp8_tensor, out=": lambda: scaled_mm(a, b, **options, out=out),
+    }
+
+
+def _jax_calls() -> dict[str, Callable[[], object]]:
+    jax = _needed("jax")
+    a, w, s = map(jax.device_put, _operands())
+    b = w.T.block_until_ready()
+    return {"JAX, eager": lambda: dense.mm_fp8(a, b, a_scale=s, b_scale=s)}
+
+
+def _needed(name: str) -> Any:
+    found = measure.optional(name)
+    if found is None:
+        raise ImportError(f"{name} is not installed")
+    return found
+
+
+# First calls
+
+
+def first_calls() -> list[Row]:
+    """Host time of the first `mm_fp8` of a process: on an empty cache of kernels, and on one that has it."""
+    rows = []
+    product = _product(cases.CASES["fp8_tensor"], *_HOST_SHAPE)
+    with tempfile.TemporaryDirectory() as cache:
+        for note in ("first call, nothing in the cache", "first call, kernel in the cache"):
+            environment = {**os.environ, "CUGEMM_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(sys.path)}
+            command = (sys.executable, "-c", "from cugemm import bench; print(bench.time_first_call())")
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            us = round(float(done.stdout), 1) if done.returncode == 0 else None
+            why = "" if us is not None else f": {(done.stderr.strip().splitlines() or ['failed'])[-1][:200]}"
+            rows.append(_row(product, host_us=us, host_baselines={}, note=note + why))
+    return rows
+
+
+def time_first_call() -> float:
+    """Microseconds from the first call of `mm_fp8` to its result; run in a fresh process."""
+    import cupy  # noqa: PLC0415
+
+    a, w, s = map(measure.to_device, _operands())
+    cupy.cuda.Device().synchronize()
+    started = time.perf_counter()
+    dense.mm_fp8(a, w.T, a_scale=s, b_scale=s)
+    cupy.cuda.Device().synchronize()
+    return (time.perf_counter() - started) * 1e6

@@ -1,0 +1,85 @@
+"""Kernel launches packed but for pointers: what a plan keeps, and the few bytes that a warm call still writes."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from cugemm import driver
+from cugemm.catalog import Step, Zero
+
+_CONFIG = struct.Struct("<7I4xQQI4x")
+"""CUlaunchConfig: grid, block, dynamic shared memory, stream, attributes, their number (56 bytes, see `driver.LaunchConfig`)."""
+_STREAM_AT, _PARAMS_AT, _ARGS_AT, _MAX_ARGS = 32, 56, 64, 1024
+_pack_stream = struct.Struct("<Q").pack_into
+_pack_float = struct.Struct("<f").pack_into
+
+
+class _Thread(threading.local):
+    """Each thread packs its launches into memory of its own, because the driver call releases the GIL (R15)."""
+
+    def __init__(self) -> None:
+        self.memory = ctypes.create_string_buffer(_ARGS_AT + _MAX_ARGS)
+        self.address = ctypes.addressof(self.memory)
+        self.view = memoryview(self.memory).cast("B")
+        _pack_stream(self.memory, _PARAMS_AT, self.address + _ARGS_AT)  # the one kernel parameter: the argument struct
+
+
+_thread = _Thread()
+
+
+class Launch(NamedTuple):
+    """One kernel launch: only pointers, by-value scalars and the stream are still to be written."""
+
+    function: int
+    config: bytes
+    args: bytes
+    pick: Callable[[Sequence[int]], Sequence[int]]  # of a pointer table, those of the kernel
+    pack: Callable[..., None]
+    scalars: tuple[tuple[int, int], ...]  # (offset in the arguments, position of the argument)
+    device: int
+
+    def __call__(self, arrays: Sequence[Any], pointers: Sequence[int], stream: int) -> None:
+        thread = _thread
+        view, memory, address = thread.view, thread.memory, thread.address
+        view[:_PARAMS_AT] = self.config
+        view[_ARGS_AT : _ARGS_AT + len(self.args)] = self.args
+        self.pack(memory, _ARGS_AT, *self.pick(pointers))
+        for offset, position in self.scalars:
+            _pack_float(memory, _ARGS_AT + offset, arrays[position])
+        _pack_stream(memory, _STREAM_AT, stream)
+        driver.launch(address, self.function, address + _PARAMS_AT, self.device)
+
+
+class Clear(NamedTuple):
+    """A `Zero` step: memory to clear, `pointer` its place in the pointer table."""
+
+    pointer: int
+    zero: Zero
+    device: int
+
+    def __call__(self, arrays: Sequence[Any], pointers: Sequence[int], stream: int) -> None:
+        zero = self.zero
+        with driver.on_device(self.device):
+            driver.memset_2d(pointers[self.pointer], zero.pitch, zero.width, zero.height, stream)
+
+
+def pack(
+    step: Step | Zero, place: Callable[[int], int], function: Callable[[Step], int], by_value: Sequence[bool], device: int
+) -> Launch | Clear:
+    """Pack one step. `place` turns a pointer position of the catalogue into one of the pointer tables that the launch will get;
+    `by_value` says which arguments are Python floats."""
+    if isinstance(step, Zero):
+        return Clear(place(step.pointer), step, device)
+    scalars_at = 8 * len(step.pointers)
+    head = struct.Struct(f"<{len(step.pointers)}Q{len(step.scalars)}f")
+    args = head.pack(*[0] * len(step.pointers), *[1.0] * len(step.scalars)) + step.tail
+    assert len(args) <= _MAX_ARGS and len(step.pointers) > 1
+    config = _CONFIG.pack(step.grid, 1, 1, step.threads, 1, 1, step.smem, 0, 0, 0)
+    scalars = tuple((scalars_at + 4 * i, position) for i, position in enumerate(step.scalars) if by_value[position])
+    picked = itemgetter(*map(place, step.pointers))
+    return Launch(function(step), config, args, picked, struct.Struct(f"<{len(step.pointers)}Q").pack_into, scalars, device)

@@ -1,0 +1,267 @@
+// From operands in global memory, in any format and layout, to 16-bit tiles in shared memory.
+//
+// The including kernel is configured by the macros A_ELEMENT, B_ELEMENT, VECTOR, BLOCK_K and WARPS_*, which this header reads.
+#pragma once
+#include "common/numbers.cuh"
+
+constexpr int kThreads = 32 * WARPS_M * WARPS_N * WARPS_K;
+constexpr bool kComputeBf16 = A_ELEMENT == kBf16 || B_ELEMENT == kBf16;
+static_assert(BLOCK_K % 64 == 0, "the swizzle permutes eight chunks");
+
+// Tiles ----------------------------------------------------------------------------------------------------------------------------
+
+// A 16-bit tile: kMajor 0 holds [rows][BLOCK_K], kMajor 1 holds [BLOCK_K][rows]. Chunk c of a line sits at c ^ (line's place among
+// the lines that share 128 bytes): eight chunks in a column, or in a row, then cover all banks once.
+template <int kMajor, int kRows>
+struct Tile {
+    static constexpr int kPitch = kMajor == 0 ? BLOCK_K * 2 : kRows * 2;
+    static constexpr int kChunks = kPitch / 16;
+    static constexpr int kBytes = kRows * BLOCK_K * 2;
+
+    static __device__ __forceinline__ u32 offset(int line, int chunk) {
+        return line * kPitch + ((chunk ^ (line / larger(1, 128 / kPitch) & (smaller(8, kChunks) - 1))) * 16);
+    }
+
+    // Four 8x8 matrices. kOfA: (rows 0-7, k 0-7), (rows 8-15, k 0-7), (rows 0-7, k 8-15), (rows 8-15, k 8-15), the MMA's fragment of A.
+    // Else the middle two change places: registers 0, 1 and 2, 3 are the fragments of two times eight columns of B.
+    // NOTE: the MMA takes B from neighbouring registers; any other order costs two moves per MMA.
+    template <bool kOfA>
+    static __device__ __forceinline__ void load_16x16(u32 (&r)[4], u32 tile, int row, int k) {
+        const int lane = threadIdx.x % 32, near = lane / 8 % 2 * 8, far = lane / 16 * 8;
+        const int matrix_row = kOfA ? near : far, matrix_k = kOfA ? far : near;
+        if constexpr (kMajor == 0)
+            load_matrix_x4(r, tile + offset(row + matrix_row + lane % 8, (k + matrix_k) / 8));
+        else
+            load_matrix_x4_transposed(r, tile + offset(k + matrix_k + lane % 8, (row + matrix_row) / 8));
+    }
+};
+
+// Operands in global memory --------------------------------------------------------------------------------------------------------
+
+template <int kElement>
+constexpr int kValueBytes = kElement == kBf16 || kElement == kFp16 ? 2 : 1;  // e2m1x2: bytes of a stored pair
+
+// One operand of this CTA: rows of A, or columns of B, by k. Row i is at position begin + i, or at map[begin + i].
+struct Operand {
+    const u8* base;
+    i64 row_bytes, k_bytes;  // from one row, one stored value along k to the next
+    const i32* map;
+    i32 begin, end, k;
+
+    __device__ __forceinline__ i32 row(int i) const {  // -1 past the end
+        if (i >= end - begin) return -1;
+        return map ? map[begin + i] : begin + i;
+    }
+};
+
+// The first `bytes` of 16, zeros behind: the end of an operand, where a 16-byte load would read past it.
+__device__ __forceinline__ Chunk load_partial(const u8* p, int bytes) {
+    u64 low = 0, high = 0;
+#pragma unroll 1
+    for (int i = bytes - 1; i >= 0; --i) {
+        high = high << 8 | low >> 56;
+        low = low << 8 | load_global_u8(p + i);
+    }
+    return {{static_cast<u32>(low), static_cast<u32>(low >> 32), static_cast<u32>(high), static_cast<u32>(high >> 32)}};
+}
+
+// Loaders --------------------------------------------------------------------------------------------------------------------------
+// fetch(k, tile) starts loading the k-step at k; put(tile) finishes it. An asynchronous loader needs the tile in fetch and no put;
+// the others hold the step in registers between the two.
+
+// Which 16-byte global chunks of a tile a thread moves: chunk `chunk` of lines line(0), line(1), ... Eight neighbouring lanes write
+// shared chunks of eight different swizzle positions, and touch whole 32-byte sectors of global memory.
+template <int kElement, int kMajor, int kRows>
+struct Share {
+    static constexpr int kValues = kChunkValues<kElement>;
+    static constexpr int kLines = kMajor == 0 ? kRows : BLOCK_K;
+    static constexpr int kChunks = (kMajor == 0 ? BLOCK_K : kRows) / kValues;
+    static constexpr int kWritten = kValues / 8;  // shared chunks per global chunk
+    static constexpr int kNear = smaller(kChunks, 8 / kWritten);
+    static constexpr int kItems = kLines * kChunks / kThreads;
+    static_assert(kItems * kThreads == kLines * kChunks && kThreads % (8 * kChunks / kNear) == 0, "threads share a tile evenly");
+
+    int chunk, first_line;
+    __device__ __forceinline__ Share() {
+        const int near_lines = 8 / kNear, octet = threadIdx.x / 8;
+        chunk = octet % (kChunks / kNear) * kNear + threadIdx.x % kNear;
+        first_line = octet / (kChunks / kNear) * near_lines + threadIdx.x / kNear % near_lines;
+    }
+    __device__ __forceinline__ int line(int i) const { return first_line + i * (kThreads / kChunks); }
+};
+
+// The same chunks in global memory: where each starts and how many of its bytes exist.
+template <int kElement, int kMajor, int kRows>
+struct Chunks : Share<kElement, kMajor, kRows> {
+    using Base = Share<kElement, kMajor, kRows>;
+    static constexpr int kFixed = kMajor == 0 ? Base::kItems : 1;
+
+    const u8* base;
+    i64 step_bytes;      // kMajor 1: from one k to the next
+    u32 start[kFixed];   // kMajor 0: start of each line in units of 16 bytes (the pitch is a multiple)
+    i32 valid;           // kMajor 0: bit i = line i exists; 1: bytes of every chunk that exist
+    i32 k_end;
+
+    __device__ __forceinline__ explicit Chunks(const Operand& operand)
+        : base(operand.base), step_bytes(operand.k_bytes), valid(0), k_end(operand.k) {
+        if constexpr (kMajor == 0) {
+            const i32 origin = operand.map ? 0 : operand.begin;
+            base += origin * operand.row_bytes;
+#pragma unroll
+            for (int i = 0; i < Base::kItems; ++i) {
+                const i32 row = operand.row(this->line(i));
+                start[i] = row < 0 ? 0 : static_cast<u32>((row - origin) * operand.row_bytes / 16);
+                valid |= (row >= 0) << i;
+            }
+        } else {
+            const i32 row = operand.begin + this->chunk * Base::kValues;
+            valid = larger(0, smaller(16, (operand.end - row) * kValueBytes<kElement>));
+            base += valid > 0 ? static_cast<i64>(row) * kValueBytes<kElement> : 0;
+        }
+    }
+
+    __device__ __forceinline__ int bytes(int i, i32 k) const {
+        if constexpr (kMajor == 0) {
+            const i32 values = k_end - k - this->chunk * Base::kValues;
+            const i32 exist = kElement == kE2m1x2 ? (values + 1) / 2 : values * kValueBytes<kElement>;
+            return valid >> i & 1 ? larger(0, smaller(16, exist)) : 0;
+        } else {
+            return k + this->line(i) < k_end ? valid : 0;
+        }
+    }
+    __device__ __forceinline__ const u8* address(int i, i32 k) const {  // meaningful where bytes() is not 0
+        if constexpr (kMajor == 0) {
+            const i32 along = kElement == kE2m1x2 ? k / 2 : k * kValueBytes<kElement>;
+            return base + static_cast<u64>(start[i]) * 16 + (along + this->chunk * 16);
+        } else {
+            return base + (k + this->line(i)) * step_bytes;
+        }
+    }
+};
+
+template <int kElement, int kMajor, int kRows, int kPlanes>
+struct AsyncLoader {
+    static constexpr bool kAsync = true;
+    Chunks<kElement, kMajor, kRows> chunks;
+
+    __device__ __forceinline__ explicit AsyncLoader(const Operand& operand) : chunks(operand) {}
+    __device__ __forceinline__ void fetch(i32 k, u32 tile) {
+#pragma unroll
+        for (int i = 0; i < chunks.kItems; ++i) {
+            const int bytes = chunks.bytes(i, k);
+            const u8* source = bytes ? chunks.address(i, k) : chunks.base;
+            copy_async_16(tile + Tile<kMajor, kRows>::offset(chunks.line(i), chunks.chunk), source, bytes);
+        }
+    }
+    __device__ __forceinline__ void put(u32) const {}
+};
+
+template <int kElement, int kMajor, int kRows, int kPlanes>
+struct DecodingLoader {
+    static constexpr bool kAsync = false;
+    using Target = Tile<kMajor, kRows>;
+    Chunks<kElement, kMajor, kRows> chunks;
+    Chunk raw[Chunks<kElement, kMajor, kRows>::kItems];
+
+    __device__ __forceinline__ explicit DecodingLoader(const Operand& operand) : chunks(operand) {}
+    __device__ __forceinline__ void fetch(i32 k, u32) {
+#pragma unroll
+        for (int i = 0; i < chunks.kItems; ++i) {
+            const int bytes = chunks.bytes(i, k);
+            raw[i] = {};
+            if (bytes == 16)
+                raw[i] = load_global_16(chunks.address(i, k));
+            else if (bytes)
+                raw[i] = load_partial(chunks.address(i, k), bytes);
+        }
+    }
+    __device__ __forceinline__ void put(u32 tile) const {
+#pragma unroll
+        for (int i = 0; i < chunks.kItems; ++i) {
+            u32 values[kChunkValues<kElement> / 2];
+            decode_chunk<kElement, kComputeBf16>(raw[i], values);
+#pragma unroll
+            for (int j = 0; j < chunks.kWritten; ++j)
+                put_chunk(tile + Target::offset(chunks.line(i), chunks.chunk * chunks.kWritten + j), &values[4 * j]);
+        }
+    }
+
+    static __device__ __forceinline__ void put_chunk(u32 at, const u32* v) {
+        if constexpr (kPlanes == 1) {
+            store_shared_16(at, v[0], v[1], v[2], v[3]);
+        } else {
+            u32 high[4], low[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) split_fp16(v[i], high[i], low[i]);
+            store_shared_16(at, high[0], high[1], high[2], high[3]);
+            store_shared_16(at + Target::kBytes, low[0], low[1], low[2], low[3]);
+        }
+    }
+};
+
+// Any strides: each thread gathers the values of a shared chunk (8 along k) one by one. Neighbouring lanes go along the rows where rows
+// are contiguous, else along k; the tile is k-major either way.
+template <int kElement, int kRows, int kPlanes>
+struct GatherLoader {
+    static constexpr bool kAsync = false;
+    static constexpr int kChunks = BLOCK_K / 8, kItems = kRows * kChunks / kThreads;
+    static constexpr int kStored = kElement == kE2m1x2 ? 4 : 8;  // stored values in a shared chunk
+    static_assert(kThreads % kRows == 0 && kThreads % kChunks == 0, "threads share a tile evenly");
+
+    Operand operand;
+    int line, chunk, line_step, chunk_step;  // item i is chunk + i * chunk_step of line + i * line_step
+    i32 row[kItems];
+    u32 raw[kItems][kStored];
+
+    __device__ __forceinline__ explicit GatherLoader(const Operand& operand) : operand(operand) {
+        const int thread = threadIdx.x;
+        const bool along_rows = operand.row_bytes == kValueBytes<kElement> && operand.k_bytes != kValueBytes<kElement>;
+        line = along_rows ? thread % kRows : thread / kChunks;
+        chunk = along_rows ? thread / kRows : thread % kChunks;
+        line_step = along_rows ? 0 : kThreads / kChunks;
+        chunk_step = along_rows ? kThreads / kRows : 0;
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) row[i] = operand.row(line + i * line_step);
+    }
+    __device__ __forceinline__ void fetch(i32 k, u32) {
+        constexpr int kPerStored = 8 / kStored;
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+            const i32 first = k + (chunk + i * chunk_step) * 8;
+            const i32 exist = row[i] < 0 ? 0 : (operand.k - first + kPerStored - 1) / kPerStored;
+            const u8* p = operand.base + row[i] * operand.row_bytes + first / kPerStored * operand.k_bytes;
+#pragma unroll
+            for (int j = 0; j < kStored; ++j, p += operand.k_bytes) {
+                raw[i][j] = 0;
+                if (j < exist) raw[i][j] = kValueBytes<kElement> == 2 ? load_global_u16(p) : load_global_u8(p);
+            }
+        }
+    }
+    __device__ __forceinline__ void put(u32 tile) const {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+            u32 values[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                values[j] = decode_pair<kElement, kComputeBf16>(raw[i][j * kStored / 4], raw[i][j * kStored / 4 + (kStored == 8)]);
+            const u32 at = tile + Tile<0, kRows>::offset(line + i * line_step, chunk + i * chunk_step);
+            DecodingLoader<kElement, 0, kRows, kPlanes>::put_chunk(at, values);
+        }
+    }
+};
+
+template <bool kCondition, class Yes, class No>
+struct Select {
+    using Type = Yes;
+};
+template <class Yes, class No>
+struct Select<false, Yes, No> {
+    using Type = No;
+};
+template <int kElement, int kMajor, int kRows, int kPlanes>
+struct LoaderOf {
+    static constexpr bool kIdentity = kElement == (kComputeBf16 ? kBf16 : kFp16);
+    using Decoding = DecodingLoader<kElement, kMajor, kRows, kPlanes>;
+    using Vector = typename Select<kIdentity, AsyncLoader<kElement, kMajor, kRows, kPlanes>, Decoding>::Type;
+    using Type = typename Select<VECTOR != 0, Vector, GatherLoader<kElement, kRows, kPlanes>>::Type;
+};

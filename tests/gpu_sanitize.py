@@ -1,0 +1,138 @@
+"""About a hundred small calls over all kernels, for compute-sanitizer; exits with the number of wrong results.
+
+    compute-sanitizer --tool memcheck python tests/gpu_sanitize.py
+    compute-sanitizer --tool racecheck python tests/gpu_sanitize.py
+
+Every array is a cudaMalloc of its own that ends with its last element, so that a read one byte past it shows.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import gpu_arrays
+import numpy as np
+import oracles
+
+import cugemm
+from cugemm import launch, reference
+from cugemm.formats import FORMATS
+from cugemm.problem import OPS, GemmOptions
+
+Array = np.ndarray[Any, Any]
+
+DENSE: list[tuple[str, str, tuple[str, str], int]] = [
+    ("bf16", "bf16", ("row", "column"), 0), ("bf16", "bf16", ("row", "row"), 1), ("fp16", "bf16", ("column", "column"), 2),
+    ("e4m3", "e4m3", ("row", "column"), 1), ("e4m3", "e5m2", ("column", "row"), 2), ("bf16", "e2m1x2", ("row", "column"), 1),
+    ("fp16", "e2m1", ("row", "row"), 2), ("e4m3", "fp16", ("odd", "gaps"), 1), ("e2m1x2", "e4m3", ("odd", "odd column"), 0),
+    ("bf16", "bf16", ("odd column", "odd"), 2),
+]  # fmt: skip
+SHAPES = [(1, 1, 2), (17, 33, 66), (129, 131, 258)]
+
+
+def tight(x: Array, *, transposed: bool = False, vector: bool = True) -> Array:
+    """The same values, each row at a multiple of 16 bytes (or at an odd place and pitch), in memory that ends with the last one."""
+    if transposed:
+        return tight(x.swapaxes(-1, -2), vector=vector).swapaxes(-1, -2)
+    size = x.dtype.itemsize
+    rows, columns = x.shape
+    pitch = -(-columns * size // 16) * 16 // size if vector else columns + 1 + columns % 2
+    first = 0 if vector else 1
+    memory = oracles.poison((first + max((rows - 1) * pitch + columns, 0),), x.dtype.name)
+    view = np.ndarray(x.shape, x.dtype, memory, first * size, (pitch * size, size))
+    view[...] = x
+    return view
+
+
+def gaps(x: Array) -> Array:
+    size = x.dtype.itemsize
+    rows, columns = x.shape
+    memory = oracles.poison((1 + (rows - 1) * (2 * columns + 3) + 2 * (columns - 1) + 1,), x.dtype.name)
+    view = np.ndarray(x.shape, x.dtype, memory, size, ((2 * columns + 3) * size, 2 * size))
+    view[...] = x
+    return view
+
+
+def lay(x: Array, layout: str) -> Array:
+    return gaps(x) if layout == "gaps" else tight(x, transposed="column" in layout, vector="odd" not in layout)
+
+
+def dense(dev: Any, number: int) -> None:
+    a, b, layouts, tile = DENSE[number]
+    elements = {f"{side}_element": element for side, element in (("a", a), ("b", b)) if element.startswith("e2m1")}
+    for i, (m, n, k) in enumerate(SHAPES):
+        for by_k in (False, True):
+            if by_k and number % 3:
+                continue
+            blocks = {"a_block": (1, 128), "b_block": (128, 128)} if by_k else {"a_block": (1, 0), "b_block": (0, 1)}
+            case = oracles.exact_case(i, m, n, k, a, b, bias=True, **blocks)
+            options = GemmOptions(**elements, a_block=case.a_block, b_block=case.b_block[::-1], out_dtype=("bfloat16", "float32")[i % 2])
+            operands = [dev.put(lay(x, layout)) for x, layout in zip((case.a, case.b), layouts, strict=True)]
+            out = dev.place(lay(oracles.poison((m, n), options.out_dtype), ("row", "odd", "odd column")[i]))
+            with gpu_arrays.planned(tile if by_k or i else tile + 1):
+                launch.run(
+                    OPS["matmul"],
+                    (*operands, dev.put(case.a_scale), dev.put(case.b_scale), None, dev.put(case.bias), None, None, out.array),
+                    options,
+                )
+            oracles.check_exact(case, np.ascontiguousarray(dev.get(out)), options.out_dtype)
+
+
+def grouped(dev: Any, tile: int) -> None:
+    m, experts = 43, 3
+    wrapper = cugemm.SegmentGEMMWrapper(None)
+    base = oracles.exact_case(1, m, 35, 66, "bf16", "bf16", experts=experts)
+    w = dev.put(np.ascontiguousarray(base.b))
+    calls: list[tuple[Array, dict[str, Any]]] = [
+        (base.expert, {"batch_size": base.expert}),
+        (np.repeat([0, -1, 2], [20, 3, 20]), {"seg_indptr": [0, 20, 20, 20], "weight_indices": [0, 7, 2]}),
+        (np.full(m, -1), {"seg_indptr": [-9, 2**31 - 1, -(2**31), m + 1]}),
+        (np.repeat([0, 1, 2], [10, 20, 13]), {"seg_lens": [10, 20, 13]}),
+        (np.repeat([0, -1], [10, 33]), {"seg_lens": [10, 2**31 - 1, 5]}),
+    ]
+    calls[1][0][:] = np.repeat([0, -1], [20, 23])
+    for expert, named in calls:
+        case = oracles.given_case(base.a, base.b, "bf16", "bf16", expert=expert, repro=f"{base.repro} {named}")
+        for index in ("int32", "int64"):
+            arrays = {name: dev.put(np.asarray(value, index)) for name, value in named.items()}
+            out = dev.place(tight(oracles.poison((m, 35), "bfloat16"), vector=index == "int32"))
+            with gpu_arrays.planned(tile):
+                wrapper.run(dev.put(base.a), w, out=out.array, **arrays)
+            oracles.check_exact(case, np.ascontiguousarray(dev.get(out)), "bfloat16")
+
+
+def conversions(dev: Any, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("fp8_tensor", "fp8_row", "fp8_group", "fp8_block"):
+        for layout, shape in (("row", (1, 1)), ("odd", (17, 131)), ("column", (130, 259))):
+            x = lay(rng.standard_normal(shape).astype(oracles.dtype_of(dtype)), layout)
+            data, scale = reference.quantize(x, FORMATS[name])
+            q = cugemm.quantize(dev.put(x), name)
+            oracles.check_bits(dev.fetch(q.data), data, name)
+            oracles.check_bits(dev.fetch(q.scale), scale, name)
+            oracles.check_bits(dev.fetch(cugemm.dequantize(q, dtype)), reference.dequantize(data, scale, FORMATS[name], dtype), name)
+
+
+def main() -> int:
+    dev = gpu_arrays.Cupy()
+    dev.unpooled()
+    todo = [
+        *((dense, i) for i in range(len(DENSE))),
+        *((grouped, tile) for tile in range(3)),
+        (conversions, "bfloat16"),
+        (conversions, "float32"),
+    ]
+    wrong = 0
+    for check, argument in todo:
+        try:
+            check(dev, argument)
+        except Exception as error:
+            wrong += 1
+            print(f"{check.__name__}({argument!r}): {type(error).__name__}: {error}", flush=True)
+    print(f"{launch.launches} launches, {wrong} of {len(todo)} groups wrong")
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

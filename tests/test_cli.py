@@ -1,0 +1,659 @@
+"""`python -m cugemm`, and the modules behind it: what is printed, what is measured how, what a recorded run must look like. No GPU."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import cugemm
+from cugemm import __main__ as cli
+from cugemm import arch, bench, cases, compile, demo, driver, info, launch, measure, records
+from cugemm.arrays import numpy_dtype
+
+H100 = arch.H100
+SM90 = arch.get("sm_90a")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "available", lambda: False)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    """What a command prints: on stdout if it succeeds, on stderr if it does not."""
+    assert cli.main(arguments) == code
+    captured = capsys.readouterr()
+    return captured.out if code == 0 else captured.err
+
+
+# info
+
+
+def test_info_prints_versions_support_and_problems(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "info")
+    assert re.search(rf"^cugemm +{re.escape(cugemm.__version__)}$", text, re.MULTILINE)
+    assert re.search(rf"^numpy +{re.escape(np.__version__)}$", text, re.MULTILINE)
+    assert re.search(r"^extra +cugemm\[cuda1[23]\], ", text, re.MULTILINE)
+    assert str(compile.cache_dir()) in text
+    for row in info.support(info.survey().target):
+        assert "  ".join(row[:1]) in text
+    if not driver.available():
+        assert "no NVIDIA driver" in text
+        assert "    -> until then, arrays in host memory are computed by the NumPy reference" in text
+
+
+def test_info_survives_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    home = tmp_path / "file"
+    home.write_text("not a directory")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CUGEMM", "CUPY", "XDG"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "cugemm", "info"],
+        env={**kept, "HOME": str(home), "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"the cache {home}/.cache/cugemm cannot be written (Not a directory)" in done.stdout
+    assert "-> set CUGEMM_CACHE_DIR to a writable directory" in done.stdout
+    assert f"CuPy's cache {home}/.cupy/kernel_cache cannot be written" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("packages", "driver_version", "wanted"),
+    [
+        ({"torch": "2.13.0+cu130"}, None, "cuda13"),
+        ({"torch": "2.13.0+cu126"}, (13, 0), "cuda12"),
+        ({"torch": "2.11.0"}, None, "cuda13"),
+        ({"torch": "2.10.1"}, (13, 0), "cuda12"),
+        ({"torch": "2.9.0"}, None, "cuda12"),
+        ({"torch": "2.13.0+cpu"}, (13, 1), "cuda13"),
+        ({"torch": "2.13.0+cpu", "jax-cuda12-plugin": "0.10.2"}, (13, 1), "cuda12"),
+        ({"jax-cuda13-plugin": "0.10.2"}, None, "cuda13"),
+        ({}, (13, 0), "cuda13"),
+        ({}, (12, 9), "cuda12"),
+        ({}, None, "cuda12"),
+    ],
+)
+def test_which_extra_fits(packages: dict[str, str], driver_version: tuple[int, int] | None, wanted: str) -> None:
+    assert info.extra_for(packages, driver_version)[0] == wanted
+
+
+def problems(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    *,
+    packages: dict[str, str],
+    version: tuple[int, int] | None = (12, 9),
+    nvrtc: tuple[int, int] | None = (12, 9),
+    target: str = "sm_90a",
+    gpu: bool = True,
+) -> list[tuple[str, str]]:
+    monkeypatch.setenv("CUGEMM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "available", lambda: gpu)
+    record = arch.of_capability(7, 5) if target == "sm_75" else arch.get(target)
+    return [tuple(found) for found in info.find_problems(packages, "cuda12", version, nvrtc, record)]
+
+
+CUPY = {"cupy-cuda12x": "14.2.0"}
+
+
+def test_nothing_wrong_is_no_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert problems(monkeypatch, tmp_path, packages=CUPY) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "what", "fix"),
+    [
+        ({"packages": {}}, "CuPy is not installed, so no kernel can be compiled or loaded", 'pip install "cugemm[cuda12]"'),
+        (
+            {"packages": {**CUPY, "cupy-cuda13x": "14.2.0"}},
+            "cupy-cuda12x and cupy-cuda13x are both installed",
+            'pip uninstall cupy-cuda12x cupy-cuda13x, then pip install "cugemm[cuda12]"',
+        ),
+        (
+            {"packages": CUPY, "version": (11, 8)},
+            "the driver runs CUDA 11.8",
+            "cugemm needs the driver of CUDA 12 (525) or newer: update it",
+        ),
+        ({"packages": CUPY, "target": "sm_75"}, "the GPU is sm_75", "a kernel needs sm_80 or newer; arrays in host memory work everywhere"),
+        (
+            {"packages": CUPY, "nvrtc": (12, 8), "target": "sm_121a"},
+            "NVRTC 12.8 does not know sm_121a, which needs 12.9",
+            'pip install -U "nvidia-cuda-nvrtc-cu12>=12.9"',
+        ),
+        (
+            {"packages": CUPY, "nvrtc": (13, 0)},
+            "NVRTC 13.0 is newer than the driver, which runs CUDA 12.9",
+            'update the driver, or pip install "cugemm[cuda12]"',
+        ),
+        ({"packages": CUPY, "gpu": False}, "the driver shows no GPU", "check nvidia-smi and CUDA_VISIBLE_DEVICES (now '3')"),
+    ],
+)  # fmt: skip
+def test_every_problem_has_its_fix(state: dict[str, Any], what: str, fix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert (what, fix) in problems(monkeypatch, tmp_path, **state)
+
+
+def test_a_newer_minor_nvrtc_is_fine_for_cubins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert problems(monkeypatch, tmp_path, packages=CUPY, version=(12, 4), nvrtc=(12, 9)) == []
+
+
+def test_unwritable_looks_at_the_nearest_directory_that_exists(tmp_path: Path) -> None:
+    assert info.unwritable(tmp_path / "not" / "yet") is None
+    (tmp_path / "file").write_text("")
+    assert info.unwritable(tmp_path / "file" / "below") == "Not a directory"
+
+
+def test_support_is_asked_of_the_kernels() -> None:
+    table = info.support(SM90)
+    assert table[0] == ("a, b ->", "bf16", "fp16", "e4m3", "e5m2", "e2m1", "e2m1x2")
+    assert [row[0] for row in table[1:]] == list(table[0][1:])
+    assert {cell for row in table[1:] for cell in row[1:]} == {"portable"}
+    assert info.support(arch.of_capability(7, 5))[1][1] == "needs sm_80 or newer"
+
+
+# explain
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_explain_needs_no_gpu_and_launches_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    before = launch.launches
+    arguments = (
+        "explain",
+        "mm_fp8",
+        "--a",
+        "float8_e4m3fn:16x4096",
+        "--b",
+        "fp8_row:11008x4096:T",
+        "--set",
+        "a_scale=float32:16x1",
+        "alpha=2",
+    )
+    text = run(capsys, *arguments)
+    assert launch.launches == before
+    assert text.startswith("cugemm.mm_fp8\n  m = 16, n = 11008, k = 4096, batch = 1\ne4m3 x e4m3 -> bfloat16 on sm_90a\n")
+    assert re.search(r"^  -> portable +\d+\.\d us predicted   tile \d+x\d+x\d+, warps", text, re.MULTILINE)
+    assert "quantize   refused: converts matrices, does not multiply them" in text
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_explain_plans_for_another_arch_and_shows_quantisation(capsys: pytest.CaptureFixture[str]) -> None:
+    operands = ("--a", "bfloat16:16x4096", "--b", "fp8_row:11008x4096")
+    text = run(capsys, "explain", "linear", *operands, "--set", "activations=fp8_row", "--arch", "sm_89")
+    assert text.startswith("cugemm.quantize\nquantize bfloat16 -> e4m3 on sm_89\n")
+    assert "cugemm.linear\n  m = 16, n = 11008, k = 4096, batch = 1\ne4m3 x e4m3 -> bfloat16 on sm_89\n" in text
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("nothing", "--a", "bfloat16:2x2", "--b", "bfloat16:2x2"), "'nothing' is no function of cugemm"),
+        (("mm_fp8", "--a", "bfloat16:2xx2", "--b", "bfloat16:2x2"), "operand 'bfloat16:2xx2': invalid literal"),
+        (("mm_fp8", "--a", "bfloat17:2x2", "--b", "bfloat16:2x2"), "operand 'bfloat17:2x2': 'bfloat17' is not a dtype"),
+        (("mm_bf16", "--a", "bfloat16:2x2:t", "--b", "bfloat16:2x2"), "operand 'bfloat16:2x2:t' ends in 't'; only T, the transposed view"),
+        (("mm_bf16", "--a", "bfloat16:2x3", "--b", "bfloat16:2x2"), "a (2, 3) has k = 3, but b (2, 2) read as [k, n] has k = 2"),
+        (("mm_bf16", "--a", "bfloat16:2x2", "--b", "bfloat16:2x2", "--set", "alpha"), "'alpha' is not NAME=VALUE."),
+        (("mm_bf16", "--a", "bfloat16:2x2", "--b", "bfloat16:2x2", "--arch", "sm_7"), "arch is 'sm_7'; wanted one of sm_80, sm_86"),
+        (("mm_bf16", "--a", "float8_e4m3fn:2x2", "--b", "bfloat16:2x2"), "mm_bf16: a is float8_e4m3fn; wanted bfloat16"),
+    ],
+)
+def test_explain_refuses_in_one_line(arguments: tuple[str, ...], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "explain", *arguments, code=2)
+    assert text.startswith("cugemm explain: ")
+    assert text.count("\n") == 1
+    assert wanted in text
+
+
+def test_operands_as_text() -> None:
+    plain = cases.operand("float8_e4m3fn:16x64:T")
+    assert isinstance(plain, cugemm.Spec)
+    assert (plain.shape, plain.strides, plain.dtype) == ((64, 16), (1, 64), "float8_e4m3fn")
+    packed = cases.operand("fp4_row:16x64")
+    assert isinstance(packed, cugemm.Quantized)
+    assert (packed.shape, packed.data.shape, packed.data.dtype, packed.scale.shape) == ((16, 64), (16, 32), "uint8", (16, 1))
+    blocked = cases.operand("fp8_block:300x200:T")
+    assert (blocked.shape, blocked.scale.shape) == ((200, 300), (2, 3))
+
+
+# compile
+
+
+@pytest.mark.parametrize("target", [name for name, found in arch.ARCHS.items() if not found.is_ptx])
+def test_the_configs_of_a_format_and_weight_are_few(target: str) -> None:
+    listed = list(cases.configs(cases.CASES, cases.SHAPES, arch.get(target)))
+    assert {(c.n, c.k) for c in listed} == set(cases.SHAPES)
+    counts = {key: len(list(group)) for key, group in itertools.groupby(listed, key=lambda c: (c.pair, c.n, c.k))}
+    assert len(counts) == len(cases.CASES) * len(cases.SHAPES)
+    assert len(listed) == len(set(listed))
+    assert 1 <= max(counts.values()) <= 16
+
+
+def test_compile_list_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "compile", "--list", "--arch", "sm_80,sm_90a", "--formats", "fp8_row", "--shapes", "11008x4096")
+    assert [line for line in text.splitlines() if line.startswith("sm_")] == ["sm_80:", "sm_90a:"]
+    lines = [line for line in text.splitlines() if line.startswith("fp8_row (e4m3 x e4m3)")]
+    assert len(lines) == 2 * len(list(cases.configs(["fp8_row"], [(11008, 4096)], SM90)))
+    assert all(re.search(r" 11008  4096  portable  tile ", line) for line in lines)
+
+
+def test_jobs_hold_every_ranked_config_once() -> None:
+    jobs = cases.jobs(["fp8_row", "fp8_tensor"], [(4096, 4096), (11008, 4096)], SM90)
+    keys = [(job.stem, tuple(sorted(job.defines.items()))) for job in jobs]
+    assert len(keys) == len(set(keys))
+    tiles = {job.defines["BLOCK_M"] for job in jobs if job.stem == "portable"}
+    configs = {c.config for c in cases.configs(["fp8_row", "fp8_tensor"], [(4096, 4096)], SM90)}
+    assert len(tiles) == len(configs) == len([job for job in jobs if job.stem == "portable"])
+    assert {job.defines["MODE"] for job in jobs if job.stem == "quantize"} == {0, 1}
+
+
+@pytest.mark.requires("cupy")
+def test_compile_writes_a_pack_and_a_second_time_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if compile.nvrtc_version() is None:
+        pytest.skip("needs NVRTC")
+    monkeypatch.setattr(cases, "jobs", lambda *_: [compile.Job("stream", SM90, {})])
+    arguments = ("compile", "--arch", "sm_90a", "--pack", str(tmp_path / "pack"))
+    assert run(capsys, *arguments).startswith(f"sm_90a: 1 kernels in {tmp_path / 'pack'}, 1 of them compiled in ")
+    assert ", 0 of them compiled in " in run(capsys, *arguments)
+    assert len(json.loads((tmp_path / "pack" / compile.PACK).read_text())["cubins"]) == 1
+    monkeypatch.setenv("CUGEMM_CACHE_DIR", str(tmp_path / "cache"))
+    assert ", 1 of them compiled in " in run(capsys, *arguments[:3])
+    assert ", 0 of them compiled in " in run(capsys, *arguments[:3])
+
+
+@pytest.mark.parametrize("text", ["4096", "4096x", "x4096", "0x4096", "4096x-1", "axb", "1x2x3"])
+def test_bad_shapes_are_refused_by_name(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["compile", "--list", "--shapes", text])
+    assert "argument --shapes: " in (said := capsys.readouterr().err)
+    assert "is not a positive number" in said
+
+
+# cases
+
+
+def test_traffic_counts_each_byte_once() -> None:
+    m, n, k = 3, 200, 300
+    wanted = {
+        "bf16": 2 * m * k + 2 * n * k,
+        "fp16": 2 * m * k + 2 * n * k,
+        "fp8_tensor": m * k + 4 + n * k + 4,
+        "fp8_row": m * k + 4 * m + n * k + 4 * n,
+        "fp8_block": m * k + 4 * m * 3 + n * k + 4 * 2 * 3,
+        "w8a16_fp8": 2 * m * k + n * k + 4 * n,
+    }
+    assert {name: cases.traffic(case, m, n, k) - 2 * m * n for name, case in cases.CASES.items()} == wanted
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_a_case_computes_x_w_transposed(name: str, rng: np.random.Generator) -> None:
+    case = cases.CASES[name]
+    x, w = (rng.standard_normal(shape).astype(numpy_dtype(case.dtype)) for shape in ((5, 256), (130, 256)))
+    a, b = case.activation(x), case.weight(w)
+    assert cases.stored_bytes(b) == cases.traffic(case, 0, 130, 256) - cases._stored(case.activations, 0, 256)
+    y = case.product(a, b)
+    assert (y.shape, y.dtype.name) == ((5, 130), case.dtype)
+    right = x.astype(np.float64) @ w.astype(np.float64).T
+    error = np.linalg.norm(y.astype(np.float64) - right) / np.linalg.norm(right)
+    assert error < (0.003 if case.weights is None else 0.05)
+    out = np.empty_like(y)
+    assert case.product(a, b, out) is out
+    assert out.tobytes() == y.tobytes()
+
+
+def test_presets_hold_the_published_shapes() -> None:
+    shapes = cases.PRESETS["baselines"].shapes
+    assert len(shapes) == len(set(shapes)) == 2 + 9 * 6
+    assert {(1, 28672, 4096), (4096, 7168, 2048), (8192, 8192, 8192), (128, 2112, 7168)} <= set(shapes)
+    with pytest.raises(ValueError, match="format is 'fp9'; wanted one of bf16, fp16, fp8_tensor"):
+        cases.case("fp9")
+
+
+# measure
+
+
+class FakeGraph:
+    """Answers given times in turn."""
+
+    def __init__(self, times: Sequence[float], calls: int = 1, log: list[str] | None = None, name: str = "") -> None:
+        self.calls, self._times, self._log, self._name = calls, list(times), log, name
+
+    def us(self) -> float:
+        if self._log is not None:
+            self._log.append(self._name)
+        return self._times.pop(0) if len(self._times) > 1 else self._times[0]
+
+
+def test_interleaved_takes_turns_and_the_median_without_the_first_round() -> None:
+    log: list[str] = []
+    graphs = {"a": FakeGraph([99, 1, 3, 2], log=log, name="a"), "b": FakeGraph([0, 7, 5, 6], log=log, name="b")}
+    assert measure.interleaved(graphs, rounds=3) == {"a": 2, "b": 6}
+    assert log == ["a", "b"] * 4
+
+
+@pytest.mark.parametrize(("us", "copies", "calls"), [(5.0, 30, 390), (1.0, 30, 510), (700.0, 2, 2), (400.0, 2, 4), (5000.0, 2, 2)])
+def test_a_graph_lasts_two_milliseconds_and_visits_copies_equally(us: float, copies: int, calls: int) -> None:
+    made = measure.graph(lambda call, n: FakeGraph([us], n), lambda i: None, copies)
+    assert made.calls == calls
+    assert made.calls % copies == 0
+
+
+def test_copies_are_cold() -> None:
+    l2 = 50 << 20
+    assert measure.copies_for(7168 * 2048, l2) * 7168 * 2048 >= 3 * l2
+    assert measure.copies_for(28672 * 4096 * 2, l2) == 2
+    assert measure.copies_for(0, l2) == 3 * l2
+
+
+def test_host_time_is_a_median_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    cost = {"a": 2e-6, "b": 5e-6}
+    calls: dict[str, Callable[[], object]] = {}
+    counts = dict.fromkeys(cost, 0)
+
+    def make(name: str) -> Callable[[], object]:
+        def call() -> None:
+            nonlocal clock
+            counts[name] += 1
+            clock += cost[name]
+
+        return call
+
+    calls = {name: make(name) for name in cost}
+    synchronised = []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock)
+    times = measure.host_us(calls, lambda: synchronised.append(1), rounds=3, batch=10)
+    assert times == pytest.approx({"a": 2.0, "b": 5.0})
+    assert counts == {"a": 40, "b": 40}
+    assert len(synchronised) == 2 * 4 + 1
+
+
+def test_peaks_of_an_h100() -> None:
+    assert measure.peak_tflops(SM90, H100, fp8=False) == pytest.approx(803, abs=1)
+    assert measure.peak_tflops(SM90, H100, fp8=True) == pytest.approx(1606, abs=1)
+    a100 = H100._replace(sm_count=108, clock_khz=1_410_000)
+    assert measure.peak_tflops(arch.get("sm_80"), a100, fp8=True) == pytest.approx(0.75 * 312, abs=1)
+
+
+@pytest.mark.requires("cupy")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100a", "sm_120a", "compute_80"])
+def test_the_read_kernel_compiles_clean(target: str) -> None:
+    if compile.nvrtc_version() is None:
+        pytest.skip("needs NVRTC")
+    assert compile.remarks(compile.build("stream", arch.get(target), {}).log) == []
+
+
+# bench
+
+
+def gpu_row(**changed: Any) -> dict[str, Any]:
+    row = {
+        "op": "mm_fp8", "format": "fp8_row", "m": 16, "n": 11008, "k": 4096, "groups": 1, "kernel": "portable: tile 16x32x256",
+        "us": 30.0, "floor_us": 14.6, "stream_us": 16.0, "baselines": {"torch.fp8_row": 21.0, "torch.bf16": 36.0},
+    }  # fmt: skip
+    return {**row, **changed}
+
+
+def host_row(**changed: Any) -> dict[str, Any]:
+    row = {
+        "op": "mm_fp8", "format": "fp8_tensor", "m": 16, "n": 4096, "k": 4096, "groups": 1, "kernel": "portable",
+        "host_us": 7.5, "host_baselines": {"torch.fp8_tensor": 20.9}, "note": "PyTorch, warm",
+    }  # fmt: skip
+    return {**row, **changed}
+
+
+def document(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "gpu": "NVIDIA H100 80GB HBM3 (132 SM, sm_90a)", "driver": "580.65.06", "cuda": "13.0", "versions": {"cugemm": "0.1.0"},
+        "commit": "0123456789ab", "date": "2026-11-22", "read_gbs": 3110.0, "rows": list(rows),
+    }  # fmt: skip
+
+
+def without(row: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != name}
+
+
+def test_the_schema_takes_good_documents() -> None:
+    assert records.validate(document()) == []
+    assert records.validate(document(gpu_row(), gpu_row(note="x"), gpu_row(us=None, note="it failed"), host_row())) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "wanted"),
+    [
+        (without(document(), "commit"), "document lacks commit"),
+        ({**document(), "method": ""}, "document has method, which is not in the schema"),
+        ({**document(), "read_gbs": "fast"}, "document.read_gbs is 'fast'; wanted float"),
+        (document(without(gpu_row(), "stream_us")), "rows[0] lacks stream_us"),
+        (document(gpu_row(), gpu_row(speed=3)), "rows[1] has speed, which is not in the schema"),
+        (document(gpu_row(m=1.5)), "rows[0].m is 1.5; wanted int"),
+        (document(gpu_row(m=True)), "rows[0].m is True; wanted int"),
+        (document(gpu_row(us=None)), "rows[0] was not measured and has no note that says why"),
+        (document(gpu_row(floor_us=None, note="x")), "rows[0].floor_us is None; wanted float"),
+        (document(gpu_row(baselines={"torch.bf16": None})), "rows[0].baselines['torch.bf16'] is not a number"),
+        (document(gpu_row(baselines={"torch.bf16": float("nan")})), "rows[0].baselines['torch.bf16'] is not a number"),
+        (document(without(host_row(), "host_baselines")), "rows[0] lacks host_baselines"),
+        (document(host_row(us=1.0)), "rows[0] has us, which is not in the schema"),
+    ],
+)
+def test_the_schema_names_what_is_wrong(bad: dict[str, Any], wanted: str) -> None:
+    assert wanted in records.validate(bad)
+
+
+def test_a_new_document_is_valid() -> None:
+    made = records.new_document()
+    assert records.validate(made) == []
+    assert made["versions"]["numpy"] == np.__version__
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", made["date"])
+
+
+def test_tables_come_from_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.json"
+    failed = gpu_row(m=8192, n=8192, k=8192, us=None, stream_us=None, baselines={"torch.bf16": 1518.5}, note="fp8_row: CudaError: broken")
+    records.save(document(gpu_row(), failed, host_row()), path)
+    lines = run(capsys, "bench", "--table", str(path)).splitlines()
+    assert lines[0] == (
+        "2026-11-22, commit 0123456789ab: NVIDIA H100 80GB HBM3 (132 SM, sm_90a), driver 580.65.06, CUDA 13.0, read bandwidth 3110 GB/s, "
+        "cugemm 0.1.0."
+    )
+    start = lines.index("### fp8_row")
+    assert lines[start + 2 : start + 6] == [
+        "| n x k | m | cugemm us | torch.fp8_row us | torch.bf16 us | stream us | floor us | rate | kernel | note |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| 11008 x 4096 | 16 | 30.0 | 21.0 (0.70x) | 36.0 (1.20x) | 16.0 | 14.6 | 1518 GB/s | portable: tile 16x32x256 |  |",
+        "| 8192 x 8192 | 8192 | - | - | 1518.5 | - | 14.6 | - | portable: tile 16x32x256 | fp8_row: CudaError: broken |",
+    ]
+    start = lines.index("### Host time")
+    assert lines[start + 4] == "| mm_fp8: PyTorch, warm | 16 x 4096 x 4096 | 7.5 | 20.9 |"
+
+
+def test_a_file_that_is_no_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.json"
+    path.write_text('{"rows": []}')
+    text = run(capsys, "bench", "--table", str(path), code=2)
+    assert "other.json is not a benchmark document: document lacks gpu; document lacks driver" in text
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "bench", code=2) == "cugemm bench: there is no GPU to measure; --table FILE prints recorded runs.\n"
+
+
+def test_values_from_a_pool_cover_everything_once() -> None:
+    for size, start in ((0, 3), (5, 3), (10, 0), (23, 7)):
+        taken = np.concatenate([np.arange(s, s + length) for _, s, length in bench.pieces(size, start, 10)] or [np.empty(0)])
+        assert taken.tolist() == [(start + i) % 10 for i in range(size)]
+        positions = [at for at, _, _ in bench.pieces(size, start, 10)]
+        assert positions == sorted(positions)
+
+
+@pytest.fixture
+def fake_bench(monkeypatch: pytest.MonkeyPatch) -> bench.Bench:
+    """A Bench whose GPU is imagined: products 100 us, peers 200 us, reads 50 us."""
+    made = bench.Bench.__new__(bench.Bench)
+    made._target, made._info, made.read_gbs = SM90, H100, 3110.0
+    monkeypatch.setattr(bench.Bench, "_ours", lambda *_: FakeGraph([100.0]))
+    monkeypatch.setattr(bench.Bench, "_torch", lambda *_: FakeGraph([200.0]))
+    monkeypatch.setattr(bench.Bench, "_read", lambda *_: FakeGraph([50.0]))
+    monkeypatch.setattr(bench, "_free", lambda: None)
+    monkeypatch.setattr(measure, "optional", lambda name: sys)
+    monkeypatch.setattr(cases, "kernel", lambda *_: ("portable", "tile"))
+    return made
+
+
+def test_rows_hold_time_baselines_floor_and_stream(fake_bench: bench.Bench) -> None:
+    (rows,) = fake_bench.rows([(16, 11008, 4096)], ["bf16", "fp8_row"], until=float("inf"))
+    assert records.validate(document(*rows)) == []
+    size = 2 * 16 * 4096 + 2 * 11008 * 4096 + 2 * 16 * 11008
+    assert rows[0] == {
+        "op": "mm_bf16", "format": "bf16", "m": 16, "n": 11008, "k": 4096, "groups": 1, "kernel": "portable: tile",
+        "us": 100.0, "floor_us": round(size / 3110e3, 2), "stream_us": 50.0, "baselines": {"torch.bf16": 200.0},
+    }  # fmt: skip
+    assert rows[1]["baselines"] == {"torch.fp8_row": 200.0, "torch.bf16": 200.0}
+    ((large,),) = fake_bench.rows([(8192, 8192, 8192)], ["fp8_row"], until=float("inf"))
+    assert large["floor_us"] == pytest.approx(2 * 8192**3 / 1606e6, rel=1e-3)
+
+
+def test_a_peer_or_product_that_fails_is_a_note(fake_bench: bench.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, name: Any, *_: Any) -> Any:
+        if name == "torch.fp8_block":
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand a long trace")
+        return FakeGraph([200.0])
+
+    def fail(self: Any, case: Any, *_: Any) -> Any:
+        if case.format == "fp8_row":
+            raise cugemm.CudaError("launch failed")
+        return FakeGraph([100.0])
+
+    monkeypatch.setattr(bench.Bench, "_torch", refuse)
+    monkeypatch.setattr(bench.Bench, "_ours", fail)
+    (rows,) = fake_bench.rows([(1, 2112, 7168)], ["fp8_row", "fp8_block"], until=float("inf"))
+    assert records.validate(document(*rows)) == []
+    assert (rows[0]["us"], rows[0]["note"]) == (None, "fp8_row: CudaError: launch failed")
+    assert rows[0]["baselines"] == {"torch.fp8_row": 200.0, "torch.bf16": 200.0}
+    assert (rows[1]["us"], rows[1]["note"]) == (100.0, "torch.fp8_block: RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED")
+    assert rows[1]["baselines"] == {"torch.bf16": 200.0}
+
+
+def test_an_error_while_measuring_leaves_notes_in_all_rows(fake_bench: bench.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graphs: Any, rounds: int = 7) -> Any:
+        raise cugemm.CudaError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    monkeypatch.setattr(measure, "interleaved", broken)
+    (rows,) = fake_bench.rows([(1, 2112, 7168)], ["bf16", "fp8_row"], until=float("inf"))
+    assert records.validate(document(*rows)) == []
+    assert [row["note"] for row in rows] == ["CudaError: CUDA_ERROR_ILLEGAL_ADDRESS"] * 2
+
+
+def test_no_shape_is_begun_when_time_is_over(fake_bench: bench.Bench) -> None:
+    assert list(fake_bench.rows([(1, 2112, 7168)], ["bf16"], until=-1.0)) == []
+
+
+# demo
+
+
+def test_errors_against_float64() -> None:
+    right = np.array([[3.0, 4.0]])
+    got = np.array([[3.0, 4.5]])
+    assert demo.errors([got], [right]) == pytest.approx((0.5 / 5.0, 0.5 / np.sqrt(12.5)))
+    assert demo.errors([right, got], [right, right]) == pytest.approx((0.5 / np.sqrt(50), 0.5 / np.sqrt(12.5)))
+    assert np.isnan(demo.errors([np.array([[np.nan, 4.0]])], [right])).all()
+
+
+def test_exact_is_float64_whatever_the_block(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = rng.standard_normal((3, 40)).astype(np.float32), rng.standard_normal((50, 40)).astype(np.float32)
+    monkeypatch.setattr(demo, "_BLOCK", 7)
+    assert demo.exact(x, w).dtype == np.float64
+    np.testing.assert_allclose(demo.exact(x, w), np.einsum("mk,nk->mn", x.astype(np.float64), w.astype(np.float64)), rtol=1e-12, atol=1e-12)
+
+
+def test_how_many_layers_are_run() -> None:
+    def layers(n: int, k: int, count: int) -> demo.Group:
+        return demo.Group("", n, k, (lambda: np.empty(0),) * count)
+
+    assert demo.measured(layers(384, 384, 25), on_gpu=False) == 25
+    assert demo.measured(layers(28672, 4096, 32), on_gpu=False) == 1
+    assert demo.measured(layers(28672, 4096, 32), on_gpu=True) == 2
+
+
+@pytest.fixture
+def small_model(tmp_path: Path, rng: np.random.Generator) -> Path:
+    pytest.importorskip("safetensors")
+    from safetensors.numpy import save_file
+
+    tensors = {f"layers.{i}.up.weight": rng.standard_normal((200, 130), np.float32) for i in range(3)}
+    tensors["layers.0.down.weight"] = rng.standard_normal((130, 200), np.float32)
+    tensors["embed.weight"] = rng.standard_normal((130, 200), np.float32)
+    save_file(tensors, str(tmp_path / "model.safetensors"))
+    return tmp_path / "model.safetensors"
+
+
+def test_demo_measures_what_it_says(small_model: Path) -> None:
+    source = demo.from_checkpoint(small_model)
+    assert source.title == f"4 linear layers of {small_model} (1 other tensors left as they are)"
+    lines = list(demo.run(source, m=5))
+    assert [(line.group, line.format) for line in lines] == [(g, f) for g in ("down", "up") for f in demo.FORMATS]
+    by = {(line.group, line.format): line for line in lines}
+    up = by["up", "fp8_row"]
+    assert (up.layers, up.measured, up.n, up.k, up.nbytes, up.kernel) == (3, 3, 200, 130, 3 * (200 * 130 + 4 * 200), "reference")
+    assert by["up", "bf16"].nbytes == 3 * 2 * 200 * 130
+    assert by["up", "fp8_block"].nbytes == 3 * (200 * 130 + 4 * 2 * 2)
+    for group in ("down", "up"):
+        assert 0.001 < by[group, "bf16"].error < 0.004
+        assert 0.02 < by[group, "w8a16_fp8"].error < by[group, "fp8_row"].error < 0.05
+        assert all(line.error < line.worst < 1.0 for line in lines)
+        assert all(line.us > 0 for line in lines)
+    assert demo.summary(lines)[0].startswith(f"bf16: {(4 * 2 * 26000) / 1e6:.1f} MB, 1.00 of bf16, relative error ")
+    assert demo.summary(lines)[2].startswith("fp8_row: 0.1 MB, 0.51 of bf16, relative error 3.")
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_demo_prints_a_table_on_a_machine_without_a_gpu(small_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(capsys, "demo", "--checkpoint", str(small_model), "--formats", "bf16,fp8_block", "--m", "3").splitlines()
+    assert lines[0] == "No GPU here: the NumPy reference computes these numbers; its times say nothing about a GPU."
+    assert lines[1].endswith("; m = 3 rows of random activations.")
+    assert lines[3].split() == ["layers", "count", "n", "x", "k", "format", "MB", "rel.", "error", "max", "error", "us", "rate", "kernel"]
+    table = [line.split() for line in lines[4:8]]
+    assert [(row[0], row[1], row[5], row[-1]) for row in table] == [
+        ("down", "1", "bf16", "reference"), ("down", "1", "fp8_block", "reference"),
+        ("up", "3", "bf16", "reference"), ("up", "3", "fp8_block", "reference"),
+    ]  # fmt: skip
+    assert lines[-2].startswith("  bf16: 0.2 MB, 1.00 of bf16, relative error ")
+    assert lines[-1].startswith("  fp8_block: 0.1 MB, 0.50 of bf16, relative error ")
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_demo_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("safetensors")
+    assert "nothing does not exist" in run(capsys, "demo", "--checkpoint", str(tmp_path / "nothing"), code=2)
+    assert "format is 'fp9'" in run(capsys, "demo", "--synthetic", "llama-1b", "--formats", "fp9", code=2)
+
+
+def test_synthetic_models_are_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(demo.SYNTHETIC, "tiny", (("up", 64, 32, 2), ("down", 32, 64, 2)))
+    first, again = demo.synthetic("tiny"), demo.synthetic("tiny")
+    weights = [load() for group in first.groups for load in group.weights]
+    assert [w.tobytes() for w in weights] == [load().tobytes() for group in again.groups for load in group.weights]
+    assert len({w.tobytes() for w in weights}) == 4
+    assert {w.dtype.name for w in weights} == {"bfloat16"}
+    with pytest.raises(ValueError, match="synthetic model is 'gpt'; wanted one of llama-1b, llama-8b"):
+        demo.synthetic("gpt")
+
+
+def test_without_the_example_package_the_demo_is_synthetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.checkpoints, "example", lambda: None)
+    assert demo.default_source(on_gpu=False).title == "random weights in the shapes of llama-1b"
+    assert demo.default_source(on_gpu=True).title == "random weights in the shapes of llama-8b"

@@ -1,0 +1,119 @@
+"""What the documentation shows is run: README examples, its generated sections, the notebooks and their sources."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = dict(re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL))
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "examples").glob("*_quickstart.py"))
+
+
+def load(path: Path) -> ModuleType:
+    """A script that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*command: str) -> str:
+    """Output of Python with `command`, in a process that finds cugemm where this one does."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "MPLBACKEND": "agg"}
+    done = subprocess.run((sys.executable, *command), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readme_has_an_example_for_each_framework() -> None:
+    assert sorted(EXAMPLES) == ["cupy", "jax", "numpy", "torch"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "numpy",
+        pytest.param("torch", marks=pytest.mark.requires("torch")),
+        pytest.param("jax", marks=pytest.mark.requires("jax")),
+        pytest.param("cupy", marks=pytest.mark.gpu),
+    ],
+)
+def test_readme_example_runs(name: str) -> None:
+    run("-c", EXAMPLES[name])
+
+
+def test_generated_sections_are_current() -> None:
+    tables = load(ROOT / "docs" / "tables.py")
+    assert tables.filled(README) == README, "run python docs/tables.py"
+
+
+def test_functions_of_the_support_table_exist() -> None:
+    import cugemm
+
+    section = README.partition("<!-- support: begin -->")[2].partition("<!-- support: end -->")[0]
+    names = set(re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE))
+    assert names <= set(cugemm.__all__)
+    assert {"linear", "matmul", "mm_fp8", "bmm_fp8", "mm_fp4", "SegmentGEMMWrapper"} <= names
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/decisions.md"])
+def test_names_of_the_documentation_exist(page: str) -> None:
+    """Every `cugemm.name` in prose is a public name or a module."""
+    import cugemm
+
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name in set(re.findall(r"\bcugemm\.([a-z_]\w*(?:\.[a-z_]\w*)?|[A-Z]\w*)", text)):
+        first = name.partition(".")[0]
+        known = first in cugemm.__all__ or importlib.util.find_spec(f"cugemm.{name}") is not None
+        assert known, f"{page} speaks of cugemm.{name}"
+
+
+def test_there_are_three_notebooks() -> None:
+    assert NOTEBOOKS == ["cupy_quickstart", "jax_quickstart", "pytorch_quickstart"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_matches_its_source(name: str) -> None:
+    build = load(ROOT / "examples" / "build.py")
+    content = json.loads((ROOT / "examples" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    assert build.sources(content) == build.read(ROOT / "examples" / f"{name}.py"), "run python examples/build.py --execute"
+    code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    assert all(output["output_type"] != "error" for cell in code for output in cell["outputs"])
+    assert all(cell["execution_count"] for cell in code), "run python examples/build.py --execute"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cupy_quickstart",
+        pytest.param("jax_quickstart", marks=pytest.mark.requires("jax")),
+        pytest.param("pytorch_quickstart", marks=pytest.mark.requires("torch", "matplotlib")),
+    ],
+)
+def test_notebook_source_runs(name: str) -> None:
+    assert "error" in run(f"examples/{name}.py")
+
+
+def test_cells_are_read_and_run(tmp_path: Path) -> None:
+    build = load(ROOT / "examples" / "build.py")
+    source = tmp_path / "x.py"
+    source.write_text('"""Not a cell."""\n\n# %% [markdown]\n# # Title\n#\n# text\n\n# %%\na = 20\nprint("hello")\n\n\n# %%\na + 1\n')
+    cells = build.read(source)
+    assert cells == [("markdown", "# Title\n\ntext"), ("code", 'a = 20\nprint("hello")'), ("code", "a + 1")]
+    content = build.notebook(cells)
+    assert build.sources(content) == cells
+    _, first, second = build._in_process(content)["cells"]
+    assert first["outputs"] == [{"output_type": "stream", "name": "stdout", "text": ["hello\n"]}]
+    assert second["outputs"][0]["data"] == {"text/plain": ["21"]} and second["execution_count"] == 2
