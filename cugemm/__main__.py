@@ -175,7 +175,7 @@ def _compile_jobs(jobs: list[compile.Job], pack: Path | None) -> int:
 
 def _bench_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--preset", choices=tuple(cases.PRESETS), help="shapes and formats: baselines is the published set, quick takes half a minute"
+        "--preset", choices=tuple(cases.PRESETS), help="shapes and formats: baselines is the published set, quick (the default) a few of it"
     )
     command.add_argument("--formats", type=_words, help="comma-separated, of " + ", ".join(cases.CASES))
     command.add_argument("--shapes", type=_weights, help="NxK,... of the weights, each with every --m")

@@ -327,9 +327,9 @@ class Torch(Framework):
         return View(ptr, tuple(x.shape), tuple(x.stride()), name, device)
 
     def matcher(self, arrays: tuple[Any, ...], pick: Callable[[tuple[Any, ...]], Sequence[Any]]) -> Match:
-        if self._guards is None:
-            return super().matcher(arrays, pick)
         present = pick(arrays)
+        if self._guards is None or len(set(map(id, present))) < len(present):  # guards refuse a tensor that comes twice
+            return super().matcher(arrays, pick)
         sizes, strides = [list(x.shape) for x in present], [list(x.stride()) for x in present]
         guards = self._guards(*present, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         return self.match(guards.check, arrays, pick)
@@ -429,9 +429,16 @@ class SpecFramework(Framework):
 
 
 class Jax(Framework):
-    """A marker: calls with JAX arrays leave for `cugemm.adapters.jax` before anything here is used."""
+    """Calls with JAX arrays leave for `cugemm.adapters.jax` before anything is read; only planning looks at their shapes here."""
 
     name = "JAX"
+
+    def abstract(self, x: Any) -> bool:
+        return True
+
+    def view(self, x: Any, role: str) -> View:
+        on_host = hasattr(x, "devices") and all(device.platform == "cpu" for device in x.devices())
+        return View(0, tuple(x.shape), dense_strides(tuple(x.shape)), dtype_name(x.dtype), HOST if on_host else 0)
 
 
 _NUMPY = Numpy()

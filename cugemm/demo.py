@@ -1,6 +1,6 @@
 """The main job, end to end: take the linear layers of a model, quantise them, run them, and compare every format with float64.
 
-On a GPU the layers of a group run one after the other in a CUDA graph, so weights are as cold as in a real model; without one, the NumPy
+On a GPU the layers of a group run one after the other in a CUDA graph (a group that fits L2 stays there); without one, the NumPy
 reference computes the same numbers and its times say nothing about a GPU.
 """
 

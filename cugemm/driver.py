@@ -39,11 +39,13 @@ _PROTOTYPES = {
     "cuGetErrorString": "ip",
     "cuInit": "I",
     "cuLaunchKernelEx": "pppp",
+    "cuMemcpyDtoH_v2": "ppz",
     "cuMemsetD2D8Async": "pzBzzp",
     "cuMemsetD8Async": "pBzp",
     "cuOccupancyMaxActiveBlocksPerMultiprocessor": "ppiz",
     "cuPointerGetAttribute": "pip",
     "cuStreamIsCapturing": "pp",
+    "cuStreamSynchronize": "p",
 }
 _LETTERS = {
     "i": ctypes.c_int,
@@ -192,6 +194,12 @@ def _handle(name: str, *args: Any) -> int:
 # Devices and contexts
 
 
+def require() -> None:
+    """CudaError in words where this process cannot use CUDA: no driver, or forked after CUDA was initialised."""
+    if _library is None:
+        _load()
+
+
 def available() -> bool:
     """Is there a driver and at least one device it can use?"""
     try:
@@ -325,6 +333,16 @@ def is_capturing(stream: int) -> bool:
     if result:
         raise CudaError(_text(library, "cuStreamIsCapturing", result))
     return status.value != 0
+
+
+def synchronize(stream: int) -> None:
+    """Wait for everything enqueued on a stream."""
+    _call("cuStreamSynchronize", stream)
+
+
+def copy_to_host(target: int, source: int, size: int) -> None:
+    """Copy `size` bytes of device memory to host memory, and wait."""
+    _call("cuMemcpyDtoH_v2", target, source, size)
 
 
 def event_create() -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from cugemm.arrays import HOST, Dlpack, Framework, Jax, View, framework_of, is_scalar, share_bytes
+from cugemm.formats import FP32
 from cugemm.problem import Argument
 
 Op = Any
@@ -39,7 +39,7 @@ def take(op: Op, arrays: tuple[Any, ...]) -> Intake:
     abstract = False
     for role, x in zip(op.roles, arrays, strict=True):
         if x is None or is_scalar(x):
-            views.append(None if x is None else _scalar(op, role, x))
+            views.append(None if x is None else check_scalar(op, role, x))
             continue
         framework = framework_of(x, f"{op.name}: {role}")
         if isinstance(framework, Dlpack):
@@ -65,10 +65,11 @@ def take(op: Op, arrays: tuple[Any, ...]) -> Intake:
     return Intake(first[1], tuple(views), first[2], abstract, capsules)
 
 
-def _scalar(op: Op, role: str, x: Any) -> float:
+def check_scalar(op: Op, role: str, x: Any) -> float:
+    """A scale or alpha that comes by value: a finite float32."""
     value = float(x)
-    if math.isfinite(value) and abs(value) > 3.4028234663852886e38:
-        raise ValueError(f"{op.name}: {role} is a number outside float32; scales and alpha are float32.")
+    if not abs(value) <= FP32.max:
+        raise ValueError(f"{op.name}: {role} is a number that is no finite float32; scales and alpha are.")
     return value
 
 

@@ -8,6 +8,7 @@ holds m only as a bucket, and leads to the kernel and config. Functions are load
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +16,11 @@ from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from cugemm import arch, compile, driver, host, select
+from cugemm import arch, compile, driver, host, select, values
 from cugemm.arrays import HELD, HOST, SPEC, Dlpack, Framework, Match, View, framework_of, is_scalar
 from cugemm.catalog import Step
 from cugemm.errors import CaptureError, HostWarning
-from cugemm.intake import Intake, Op, check_aliasing, is_jax, take
+from cugemm.intake import Intake, Op, check_aliasing, check_scalar, is_jax, take
 from cugemm.packed import pack
 from cugemm.problem import Argument
 
@@ -48,12 +49,14 @@ class _Recorder(threading.local):
 
 
 _recorder = _Recorder()
-_recording = 0  # threads that record: keeps the warm path to one test of a global
+_recording = int(values.DEBUG)  # threads that record, or debugging: keeps the warm path to one test of a global
 
 
 @functools.cache
 def machine(device: int) -> tuple[arch.Arch, arch.Device]:
-    """What a CUDA device is."""
+    """What a CUDA device is; an H100 where there is no driver to ask, so that calls can be planned anywhere."""
+    if not driver.available():
+        return arch.get("sm_90a"), arch.H100
     return arch.of_capability(*driver.capability(device)), arch.device_info(device)
 
 
@@ -120,6 +123,7 @@ class Bound:
         self.launches = tuple(
             pack(step, lambda position: compact.get(position, -1), lambda s: load(s, problem.arch, device).function, by_value, device)
             for step in best.kernel.steps(call, best.config)
+            if not isinstance(step, Step) or step.grid > 0
         )
 
     def __call__(self, arrays: tuple[Any, ...], pointers: list[int]) -> Any:
@@ -170,7 +174,7 @@ def bind(op: Op, call: Any, views: tuple[Argument, ...], framework: Framework, d
     missing = [
         step
         for step in best.kernel.steps(call, best.config)
-        if isinstance(step, Step) and (step.source, step.defines, choice.problem.arch, device) not in _FUNCTIONS
+        if isinstance(step, Step) and step.grid > 0 and (step.source, step.defines, choice.problem.arch, device) not in _FUNCTIONS
     ]
     if missing and driver.is_capturing(framework.stream(device)):
         shapes = ", ".join(f"{role} {view.shape}" for role, view in zip(op.roles, views, strict=True) if isinstance(view, View))
@@ -190,7 +194,10 @@ def run(op: Op, arrays: tuple[Any, ...], options: Any) -> Any:
         for bound in _WARM.get(_key(op, arrays, options), ()):
             pointers = bound.match(arrays)
             if pointers is not None:
-                return bound(arrays, pointers)
+                try:
+                    return bound(arrays, pointers)
+                except OverflowError:
+                    break  # a scalar outside float32, which the long way refuses in words
     return _first(op, arrays, options)
 
 
@@ -200,9 +207,12 @@ def _key(op: Op, arrays: tuple[Any, ...], options: Any) -> tuple[Any, ...]:
 
 def _first(op: Op, arrays: tuple[Any, ...], options: Any) -> Any:
     """The long way: intake, checks, selection, compilation; then the call itself."""
-    if is_jax(op, arrays):
+    if is_jax(op, arrays) and _recorder.calls is None:
         from cugemm.adapters import jax as adapter  # noqa: PLC0415 - imports jax
 
+        for role, x in zip(op.roles, arrays, strict=True):
+            if is_scalar(x):
+                check_scalar(op, role, x)
         return adapter.run(op, arrays, options)
     intake = take(op, arrays)
     call = op.check(intake.views, options)
@@ -217,13 +227,20 @@ def _first(op: Op, arrays: tuple[Any, ...], options: Any) -> Any:
         return _unwrap(made) if given is None else given
     if given is not None:
         framework.refuse_out(op.name, given, arrays)
+    if device == HOST or values.DEBUG:
+        values.check(op, call, intake.views, device, 0 if device == HOST else framework.stream(device))
     if device == HOST:
         return _host_call(op, call, arrays, intake, options, given)
-    if any(0 in shape for shape, _ in call.outputs):  # nothing to compute: nothing is compiled or launched
+    if all(0 in shape for shape, _ in call.outputs):  # nothing to compute: nothing is compiled or launched
         made = [framework.release(framework.empty(shape, dtype, arrays[0], device), arrays[0]) for shape, dtype in call.outputs]
         return framework.guard(op.name, arrays, _unwrap(made)) if given is None else given
+    driver.require()
     bound = bind(op, call, intake.views, framework, device)
     pointers = [view.ptr for view in intake.views if isinstance(view, View)]
+    if values.DEBUG:
+        result = bound(arrays, pointers)
+        driver.synchronize(framework.stream(device))
+        return result
     if isinstance(framework, Dlpack):
         result = bound(arrays, pointers)
         HELD.keep(intake.capsules, device, framework.stream(device))
@@ -286,13 +303,15 @@ def run_views(
     device = next(view.device for view in views if isinstance(view, View))
     looks = tuple(view._replace(ptr=view.ptr & 15) if isinstance(view, View) else view is None for view in views)
     key = (op.name, options, looks)
-    bound = _VIEWS.get(key)
+    bound = None if values.DEBUG else _VIEWS.get(key)
     if bound is None:
         call = op.check(views, options)
+        if device == HOST or values.DEBUG:
+            values.check(op, call, views, device, stream)
         if device == HOST:
             _on_host(call, views, options, outputs)
             return
-        if any(0 in view.shape for view in outputs):
+        if all(0 in view.shape for view in outputs):
             return
         if len(_VIEWS) >= _MAX_KEYS:
             _VIEWS.clear()
@@ -318,6 +337,16 @@ def clear() -> None:
             cache.clear()
         if hasattr(machine, "cache_clear"):
             machine.cache_clear()
+
+
+def _after_fork() -> None:
+    """A forked child cannot use CUDA: let its first call find that out, in words, before it allocates."""
+    _WARM.clear()
+    _VIEWS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextmanager

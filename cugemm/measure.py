@@ -65,6 +65,7 @@ class CupyGraph:
         import cupy  # noqa: PLC0415
 
         self.calls = calls
+        self._call = call  # NOTE: owns the operands, whose addresses the graph holds
         cupy.cuda.Device().synchronize()  # operands were made on another stream
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._start, self._end = cupy.cuda.Event(), cupy.cuda.Event()
@@ -96,6 +97,7 @@ class TorchGraph:
     def __init__(self, call: Call, calls: int) -> None:
         torch = importlib.import_module("torch")
         self.calls = calls
+        self._call = call  # NOTE: owns the operands, whose addresses the graph holds
         self._start, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()

@@ -27,7 +27,7 @@ ACCUMULATE = ("fast", "promoted", "fp32")
 A, B, A_SCALE, B_SCALE, ALPHA, BIAS, SEGMENTS, EXPERTS, OUT = range(9)
 """Positions of a product's array arguments; `GemmOp.roles` names them for messages."""
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 576, 864, 1296, 1944, 2916, 4374, 6561, 8192)
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 
 
 def bucket(m: int) -> int:
@@ -158,7 +158,7 @@ class GemmOp(NamedTuple):
         """The element of an operand: its dtype says it, or, for uint8 payloads, the caller did."""
         role, allowed = self.roles[position], (self.a_elements, self.b_elements)[position]
         payload = view.dtype in ("uint8", "float4_e2m1fn_x2")
-        if declared is None and view.dtype == "float4_e2m1fn_x2":
+        if view.dtype == "float4_e2m1fn_x2":  # says itself that it is packed, whatever its shape was taken for
             declared = E2M1X2.name
         found = BY_DTYPE.get(view.dtype) if declared is None else ELEMENTS[declared]
         if payload and declared is None:
@@ -170,9 +170,7 @@ class GemmOp(NamedTuple):
             wanted = ", ".join(sorted({ELEMENTS[name].dtype for name in allowed}))
             raise self.wrong_type(f"{role} is {view.dtype}; wanted {wanted}; cast it, or quantise it with cugemm.quantize.")
         if declared is not None and not payload and view.dtype != found.dtype:
-            raise self.wrong_type(
-                f"{role} is {view.dtype}, but {found.name} is stored as {found.dtype}; pass the payload in that dtype."
-            )
+            raise self.wrong_type(f"{role} is {view.dtype}, but {found.name} is stored as {found.dtype}; pass the payload in that dtype.")
         return found
 
     # -- operands --------------------------------------------------------------------------------------------------------------

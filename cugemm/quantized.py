@@ -33,8 +33,8 @@ class Quantized:
 
     def __post_init__(self) -> None:
         fmt = self.format
-        if isinstance(fmt, str):
-            if fmt not in FORMATS:
+        if not isinstance(fmt, Format):
+            if not isinstance(fmt, str) or fmt not in FORMATS:
                 raise ValueError(f"Quantized: format is {fmt!r}; wanted one of {', '.join(FORMATS)}.")
             fmt = FORMATS[fmt]
             object.__setattr__(self, "format", fmt)
@@ -49,7 +49,9 @@ class Quantized:
         if axis == 0 and len(stored) == 3:
             raise ValueError("Quantized: k_axis is 0, the batch axis; wanted one of the last two axes.")
         object.__setattr__(self, "k_axis", axis)
-        logical = tuple(n * fmt.element.per_byte if i == axis else n for i, n in enumerate(stored))
+        # JAX's float4 is as packed as the others, but its shape counts values.
+        per_item = 1 if str(getattr(self.data, "dtype", "")) == "float4_e2m1fn" else fmt.element.per_byte
+        logical = tuple(n * per_item if i == axis else n for i, n in enumerate(stored))
         if self.shape and tuple(self.shape) != logical:
             raise ValueError(f"Quantized: shape is {tuple(self.shape)}, but data {stored} of format {fmt.name} holds {logical} values.")
         object.__setattr__(self, "shape", logical)
@@ -60,14 +62,18 @@ class Quantized:
 
     @property
     def T(self) -> Quantized:  # noqa: N802 - what every framework calls it
-        """The transposed matrix; free, nothing is copied (JAX copies). Scales go along."""
-        if self.ndim != 2:
-            raise ValueError(f"Quantized.T: shape is {self.shape}; only matrices are transposed, use index by index for batches.")
-        scale = self.scale.T if len(self.scale.shape) == 2 else self.scale
-        return Quantized(self.data.T, scale, self.format, self.shape[::-1], 1 - self.k_axis)
+        """The last two axes swapped; free, nothing is copied (JAX copies). Scales go along."""
+        last = self.ndim - 1
+        scale = self.scale if len(self.scale.shape) == 1 else swapped(self.scale)
+        return Quantized(swapped(self.data), scale, self.format, (), last if self.k_axis == last - 1 else last - 1)
 
     def __repr__(self) -> str:
         return f"Quantized({self.format.name}, shape={self.shape}, data={_described(self.data)}, scale={_described(self.scale)})"
+
+
+def swapped(x: Any) -> Any:
+    """The last two axes of an array, or of a Spec (which has only `.T`), swapped."""
+    return x.T if len(x.shape) == 2 else x.swapaxes(-1, -2)
 
 
 def _described(x: Any) -> str:

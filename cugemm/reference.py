@@ -235,8 +235,8 @@ def experts_from_segments(
     """Expert of each of m rows, -1 for none: row i in indptr[s] <= i < indptr[s + 1] has expert weight_indices[s], by default s.
 
     Give indptr [segments + 1], or lens [segments], whose starts are the exclusive prefix sums (a negative length counts as 0).
-    A segment with start < 0, end < start or end > m selects no row, nor does one that begins below an earlier value of indptr, so that no row
-    belongs to two segments. An expert outside [0, experts) is -1.
+    A segment with start < 0, end < start or end > m selects no row, nor does one that begins below an earlier value of indptr, so that no
+    row belongs to two segments. An expert outside [0, experts) is -1.
     """
     assert (indptr is None) != (lens is None), "give indptr or lens"
     if indptr is not None:

@@ -57,7 +57,7 @@ def _dtypes(elements: tuple[str, ...]) -> str:
 
 def benchmarks() -> str:
     """Rows of SHAPES from every recorded document, one table per document."""
-    documents = [records.load(path) for path in sorted((ROOT / "docs" / "benchmarks").glob("*.json"))]
+    documents = [records.load(path) for path in sorted((ROOT / "docs" / "benchmarks").glob("bench_*.json"))]
     parts = []
     for document in documents:
         rows = [row for row in document["rows"] if row.get("us") and (row["m"], row["n"], row["k"]) in SHAPES]

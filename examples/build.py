@@ -86,7 +86,9 @@ def _in_kernel(content: dict[str, Any]) -> dict[str, Any]:
     executed: dict[str, Any] = json.loads(nbformat.writes(node))
     executed["metadata"] = content["metadata"]  # not the Python version of whoever ran it
     for cell in executed["cells"]:
-        cell["metadata"] = {}  # not the time of day either
+        cell["metadata"] = {}  # nor the time of day
+        if cell["cell_type"] == "code":  # nor warnings with paths
+            cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]
     return executed
 
 

@@ -144,7 +144,7 @@ __device__ __forceinline__ float block_max(const Args& args, const Block& block)
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) quantize(const __grid_constant__ Args args) {
     const i64 number = static_cast<i64>(blockIdx.x) * (kThreads / THREADS_PER_BLOCK) + threadIdx.x / THREADS_PER_BLOCK;
-    const i64 down = ceil_div(args.rows, args.block_rows), across = ceil_div(args.columns, args.block_columns);
+    const i64 down = larger(1, ceil_div(args.rows, args.block_rows)), across = larger(1, ceil_div(args.columns, args.block_columns));
     const i64 batch = number / (down * across), inside = number % (down * across);
     if (batch >= args.batch) return;  // the whole warp, or CTA, that shares the block
     const i64 block_row = inside / across, block_column = inside % across;

@@ -1,6 +1,6 @@
 """Every public function computes the right numbers on host memory, from every framework, in every layout; and keeps the contract of a call.
 
-Expected values come from tests/oracles.py (exact cases: one right answer; random ones: element-wise bounds). GPU twins of these live elsewhere.
+Expected values come from tests/oracles.py (exact cases: one right answer; random ones: element-wise bounds).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cugemm
 from cugemm import Quantized, SegmentGEMMWrapper, Spec, launch, problem
+from cugemm.arrays import View, share_bytes
 
 pytestmark = pytest.mark.requires("torch", "jax")
 
@@ -98,7 +99,9 @@ def column_major(x: Any) -> Any:
 
 
 @each
-@pytest.mark.parametrize("elements", [("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp16"), ("e4m3", "e5m2"), ("fp16", "e4m3"), ("e5m2", "bf16")], ids="x".join)
+@pytest.mark.parametrize(
+    "elements", [("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp16"), ("e4m3", "e5m2"), ("fp16", "e4m3"), ("e5m2", "bf16")], ids="x".join
+)
 def test_matmul(framework: Framework, elements: tuple[str, str]) -> None:
     case = exact_case(1, 17, 13, 70, *elements)
     dtype = oracles.ENCODINGS[elements[0]].dtype if "p16" in elements[0] or elements[0] == "bf16" else BF16
@@ -190,7 +193,9 @@ def test_linear_leading_axes_with_out_and_activations() -> None:
     y = cugemm.linear(x, w, activations="fp8_row")
     assert (tuple(y.shape), y.dtype) == ((3, 4, 19), torch.bfloat16)
     q = cugemm.quantize(x.reshape(12, 50), "fp8_row")
-    twin = oracles.given_case(q.data.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), case.b, "e4m3", "bf16", a_scale=q.scale.numpy(), a_block=(1, 0))
+    twin = oracles.given_case(
+        q.data.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn), case.b, "e4m3", "bf16", a_scale=q.scale.numpy(), a_block=(1, 0)
+    )
     check_random(twin, from_torch(y).reshape(12, 19), BF16)
 
 
@@ -335,7 +340,9 @@ def test_blockscale_sm90_quantises(framework: Framework) -> None:
 
     def by_blocks(values: Any, rows: int) -> tuple[Any, Any]:
         v = values.astype(np.float32)
-        scale = np.array([[max(np.abs(v[i : i + rows, j : j + 128]).max(), 1e-12) for j in range(0, 300, 128)] for i in range(0, len(v), rows)])
+        scale = np.array(
+            [[max(np.abs(v[i : i + rows, j : j + 128]).max(), 1e-12) for j in range(0, 300, 128)] for i in range(0, len(v), rows)]
+        )
         scale = scale.astype(np.float32) / np.float32(448)
         spread = np.repeat(np.repeat(scale, rows, 0)[: len(v)], 128, 1)[:, :300]
         return (v / spread).astype(ml_dtypes.float8_e4m3fn), scale
@@ -344,6 +351,17 @@ def test_blockscale_sm90_quantises(framework: Framework) -> None:
     case = oracles.given_case(xq, wq.T, "e4m3", "e4m3", a_scale=xs, a_block=(1, 128), b_scale=ws.T, b_block=(128, 128))
     check_random(case, framework.call(cugemm.fp8_blockscale_gemm_sm90, x, w), BF16)
     check_random(case, framework.call(cugemm.fp8_blockscale_gemm_sm90, x, wq, weight_scale=ws), BF16)
+
+
+def test_quantized_operands_of_groupwise_bring_their_own_layout() -> None:
+    """The scale of a Quantized lies along its data, whatever `scale_major_mode` says about loose scales."""
+    rng = np.random.default_rng(6)
+    a, b = (rng.standard_normal((2, 256)) * np.exp2(rng.uniform(-4, 4, (2, 256))) for _ in range(2))
+    qa, qb = cugemm.quantize(a.astype(np.float32), "fp8_group"), cugemm.quantize(b.astype(np.float32), "fp8_group")
+    exact = cugemm.dequantize(qa, F32).astype(float) @ cugemm.dequantize(qb, F32).astype(float).T
+    for mode in ("K", "MN"):
+        y = cugemm.gemm_fp8_nt_groupwise(qa, qb, None, None, mode, out_dtype=F32)
+        assert np.allclose(y, exact, rtol=1e-5, atol=1e-4 * np.abs(exact).max())
 
 
 # --- fp4 --------------------------------------------------------------------------------------------------------------------------
@@ -357,7 +375,9 @@ def test_mm_fp4(framework: Framework, element: str) -> None:
     b = case.b | 0xA0 if element == "e2m1" else case.b
     for weights in (b, column_major(b)):
         check_exact(case, framework.call(cugemm.mm_fp4, case.a, weights, scale, alpha=2.0), FP16)
-        check_exact(case, framework.call(cugemm.mm_fp4, case.a, weights, b_descale=np.asarray(case.b_scale), alpha=np.full(1, 2, np.float32)), FP16)
+        check_exact(
+            case, framework.call(cugemm.mm_fp4, case.a, weights, b_descale=np.asarray(case.b_scale), alpha=np.full(1, 2, np.float32)), FP16
+        )
     plain = exact_case(20, 6, 10, 34, "bf16", element)
     check_exact(plain, framework.call(cugemm.mm_fp4, plain.a, plain.b, 1.0, out_dtype=F32), F32)
 
@@ -369,6 +389,12 @@ def test_fp4_in_a_quantized() -> None:
     check_exact(case, cugemm.linear(case.a, w), BF16)
     check_exact(case, cugemm.matmul(case.a, w.T), BF16)
     check_exact(case, cugemm.mm_fp4(case.a, w.T), BF16)
+    codes = oracles.decode(case.b, "e2m1x2", k_axis=0).T
+    values = Quantized(
+        jnp.asarray(codes.astype(ml_dtypes.float4_e2m1fn)), jnp.asarray(np.ascontiguousarray(np.asarray(case.b_scale).T)), "fp4_row"
+    )
+    assert values.shape == (10, 34), "JAX counts values"
+    check_exact(case, np.asarray(cugemm.linear(jnp.asarray(case.a), values)), BF16)
     packed = torch.from_numpy(case.b.T.copy()).view(torch.float4_e2m1fn_x2)
     q = Quantized(packed, torch.from_numpy(np.ascontiguousarray(np.asarray(case.b_scale).T)), "fp4_row")
     check_exact(case, TORCH.back(cugemm.linear(to_torch(case.a), q)), BF16)
@@ -387,14 +413,22 @@ def test_quantized_weights(framework: Framework, kind: str, e5m2: bool) -> None:
     fmt = f"fp8_{'e5m2_' if e5m2 else ''}{kind}"
     q = cugemm.quantize(framework.into(w), fmt)
     assert (q.shape, q.format.name, q.T.shape, q.T.T.k_axis) == ((150, 260), fmt, (260, 150), 1)
-    data, scale = (from_torch(x.view(torch.uint8)) if x.dtype.itemsize == 1 else from_torch(x) for x in (q.data, q.scale)) if framework is TORCH else (np.asarray(q.data), np.asarray(q.scale))
+    data, scale = (
+        (from_torch(x.view(torch.uint8)) if x.dtype.itemsize == 1 else from_torch(x) for x in (q.data, q.scale))
+        if framework is TORCH
+        else (np.asarray(q.data), np.asarray(q.scale))
+    )
     data = data.view(ml_dtypes.float8_e5m2 if e5m2 else ml_dtypes.float8_e4m3fn)
     element, block = ("e5m2" if e5m2 else "e4m3"), BLOCKS[kind]
     shape = {"tensor": (1,), "row": (150, 1), "group": (150, 3), "block": (2, 3)}[kind]
     assert (scale.dtype, scale.shape) == (np.float32, shape)
     real = oracles.dequantised(oracles.decode(data, element), scale if kind != "tensor" else scale.item(), block)
-    amax = np.repeat(np.repeat(scale, block[0] or 150, 0)[:150] if kind != "tensor" else scale[None], block[1] or 260, 1)[:, :260] * (57344 if e5m2 else 448)
-    assert (np.abs(real - w.astype(float)) <= np.maximum(np.abs(w.astype(float)) * (2.0**-3 if e5m2 else 2.0**-4), amax * 2.0**-17) * 1.001).all()
+    amax = np.repeat(np.repeat(scale, block[0] or 150, 0)[:150] if kind != "tensor" else scale[None], block[1] or 260, 1)[:, :260] * (
+        57344 if e5m2 else 448
+    )
+    assert (
+        np.abs(real - w.astype(float)) <= np.maximum(np.abs(w.astype(float)) * (2.0**-3 if e5m2 else 2.0**-4), amax * 2.0**-17) * 1.001
+    ).all()
 
     x = rng.standard_normal((7, 260)).astype(ml_dtypes.bfloat16)
     case = oracles.given_case(
@@ -447,6 +481,11 @@ def test_batched_quantized() -> None:
         exact = cugemm.dequantize(qa, F32).astype(float) @ b.astype(float).swapaxes(1, 2)
         y = cugemm.matmul(qa, b.swapaxes(1, 2), out_dtype=F32)
         assert np.abs(y - exact).max() < 1e-3
+        qb = cugemm.quantize(b, fmt)
+        exact = a.astype(float) @ cugemm.dequantize(qb, F32).astype(float).swapaxes(1, 2)
+        assert qb.T.shape == (3, 200, 7)
+        assert np.abs(cugemm.matmul(a, qb.T, out_dtype=F32) - exact).max() < 1e-3
+        assert np.array_equal(cugemm.dequantize(qb.T, F32), cugemm.dequantize(qb, F32).swapaxes(1, 2))
 
 
 # --- out= -------------------------------------------------------------------------------------------------------------------------
@@ -486,6 +525,25 @@ def test_out_of_one_fused_buffer() -> None:
         check_random(case, from_torch(tensor[:, 16:24]), BF16)
         with pytest.raises(ValueError, match="out shares memory with a"):
             cugemm.matmul(view[:, :16], case.b, out=view[:, 12:20])
+
+
+def test_aliasing_is_never_missed(rng: np.random.Generator) -> None:
+    """`share_bytes` against the sets of bytes themselves, on small random views near each other."""
+
+    def random_view() -> tuple[View, set[int]]:
+        dtype, size = [(FP16, 2), (F32, 4), ("uint8", 1)][rng.integers(3)]
+        rank = int(rng.integers(1, 4))
+        shape = tuple(int(n) for n in rng.choice([0, 1, 2, 3, 4], rank, p=[0.02, 0.18, 0.3, 0.3, 0.2]))
+        strides = tuple(int(s) for s in rng.choice([0, 1, 1, 2, 3, 4, 6, 8, 12, 16], rank))
+        view = View(int(rng.integers(1000, 1060)), shape, strides, dtype, -1)
+        starts = [view.ptr + size * int(np.dot(index, strides)) for index in np.ndindex(shape)]
+        return view, {start + i for start in starts for i in range(size)}
+
+    for _ in range(4000):
+        (a, bytes_a), (b, bytes_b) = random_view(), random_view()
+        assert share_bytes(a, b) or not bytes_a & bytes_b, (a, b)
+    left, right = View(1000, (4, 8), (40, 1), FP16, -1), View(1016, (4, 8), (40, 1), FP16, -1)
+    assert not share_bytes(left, right), "slices of one fused buffer are legal"
 
 
 def test_out_empty_and_batched() -> None:
@@ -666,7 +724,11 @@ def test_special_values_pass_through() -> None:
     assert np.isnan(y[0]).all()
     assert np.isinf(y[1]).all()
     assert (y[2] == 4).all()
-    assert np.isnan(cugemm.mm_fp8(np.ones((2, 2), ml_dtypes.float8_e4m3fn), np.ones((2, 2), ml_dtypes.float8_e4m3fn), a_scale=float("nan")).astype(float)).all()
+    assert np.isnan(
+        cugemm.mm_fp8(np.ones((2, 2), ml_dtypes.float8_e4m3fn), np.ones((2, 2), ml_dtypes.float8_e4m3fn), a_scale=float("nan")).astype(
+            float
+        )
+    ).all()
 
 
 def test_autograd_is_refused_in_backward_only() -> None:
@@ -680,7 +742,9 @@ def test_autograd_is_refused_in_backward_only() -> None:
         "tgv_gemm": lambda: cugemm.tgv_gemm(x, w.T),
         "mm_fp4": lambda: cugemm.mm_fp4(x, torch.full((8, 3), 2, dtype=torch.uint8), 1.0),
         "SegmentGEMMWrapper": lambda: SegmentGEMMWrapper().run(x, w.T[None], e),
-        "dequantize": lambda: cugemm.dequantize(Quantized(torch.ones(2, 8).to(torch.float8_e4m3fn), torch.ones(2, 1, requires_grad=True), "fp8_row")),
+        "dequantize": lambda: cugemm.dequantize(
+            Quantized(torch.ones(2, 8).to(torch.float8_e4m3fn), torch.ones(2, 1, requires_grad=True), "fp8_row")
+        ),
     }
     for name, call in calls.items():
         y = call()
@@ -752,12 +816,24 @@ def test_plan_explain_warmup() -> None:
         return Spec(shape, dtype, device=-1)
 
     before = launch.launches
-    text = cugemm.explain(cugemm.mm_fp8, s(4, 256, dtype=E4M3), s(256, 16, dtype=E4M3), a_scale=s(4, 2, dtype=F32), b_scale=s(1, 16, dtype=F32))
-    assert all(part in text for part in ("cugemm.mm_fp8", "m = 4, n = 16, k = 256", "a_scale: float32, one for each 1 x 128", "b_scale: float32, one for each 1 x all", "NumPy reference"))
+    text = cugemm.explain(
+        cugemm.mm_fp8, s(4, 256, dtype=E4M3), s(256, 16, dtype=E4M3), a_scale=s(4, 2, dtype=F32), b_scale=s(1, 16, dtype=F32)
+    )
+    assert all(
+        part in text
+        for part in (
+            "cugemm.mm_fp8",
+            "m = 4, n = 16, k = 256",
+            "a_scale: float32, one for each 1 x 128",
+            "b_scale: float32, one for each 1 x all",
+            "NumPy reference",
+        )
+    )
     assert "grouped by indptr" in cugemm.explain(SegmentGEMMWrapper().run, s(4, 64), s(2, 64, 16), seg_indptr=s(3, dtype="int32"))
     text = cugemm.explain(cugemm.linear, s(4, 64), s(16, 64), activations="fp8_row")
     assert text.index("cugemm.quantize") < text.index("cugemm.linear")
     assert "cugemm.dequantize" in cugemm.explain(cugemm.dequantize, Quantized(s(16, 64, dtype=E4M3), s(16, 1, dtype=F32), "fp8_row"))
+    assert "n = 16" in cugemm.explain(cugemm.matmul, s(4, 64), Quantized(s(16, 64, dtype=E4M3), s(16, 1, dtype=F32), "fp8_row").T)
     cugemm.warmup(cugemm.matmul, s(4, 64), s(64, 16), m=[1, 2, 300])
     cugemm.warmup(cugemm.matmul, s(4, 64), s(64, 16), m=7)
     p = cugemm.plan(cugemm.matmul, s(4, 64), s(64, 16))
@@ -776,7 +852,15 @@ def test_plan_explain_warmup() -> None:
 
 def test_spec() -> None:
     x = Spec((4, 64), torch.bfloat16)
-    assert (x.shape, x.dtype, x.strides, x.ndim, x.T.shape, x.T.strides, repr(x)) == ((4, 64), BF16, (64, 1), 2, (64, 4), (1, 64), "Spec((4, 64), 'bfloat16')")
+    assert (x.shape, x.dtype, x.strides, x.ndim, x.T.shape, x.T.strides, repr(x)) == (
+        (4, 64),
+        BF16,
+        (64, 1),
+        2,
+        (64, 4),
+        (1, 64),
+        "Spec((4, 64), 'bfloat16')",
+    )
 
 
 def test_every_public_name_shows_an_example_and_its_source() -> None:
@@ -805,7 +889,19 @@ def test_gemm_holds_the_same_objects() -> None:
 
 def test_every_operation_is_found_by_its_name() -> None:
     assert all(op.name == name for name, op in problem.OPS.items())
-    for name in ("linear", "matmul", "mm_bf16", "bmm_bf16", "mm_fp8", "bmm_fp8", "mm_fp4", "tgv_gemm", "tgv_gemm_sm100", "quantize", "dequantize"):
+    for name in (
+        "linear",
+        "matmul",
+        "mm_bf16",
+        "bmm_bf16",
+        "mm_fp8",
+        "bmm_fp8",
+        "mm_fp4",
+        "tgv_gemm",
+        "tgv_gemm_sm100",
+        "quantize",
+        "dequantize",
+    ):
         assert name in problem.OPS
 
 
@@ -826,4 +922,5 @@ def test_flashinfer_positions() -> None:
         parameters = inspect.signature(getattr(cugemm, name)).parameters.values()
         assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == order.split(), name
     run = inspect.signature(SegmentGEMMWrapper.run).parameters.values()
-    assert [p.name for p in run if p.kind is p.POSITIONAL_OR_KEYWORD][1:] == "x weights batch_size weight_column_major out seg_lens seg_indptr weight_indices".split()
+    wanted = "x weights batch_size weight_column_major out seg_lens seg_indptr weight_indices"
+    assert " ".join(p.name for p in run if p.kind is p.POSITIONAL_OR_KEYWORD) == f"self {wanted}"

@@ -8,8 +8,10 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -316,7 +318,7 @@ def test_a_case_computes_x_w_transposed(name: str, rng: np.random.Generator) -> 
 
 def test_presets_hold_the_published_shapes() -> None:
     shapes = cases.PRESETS["baselines"].shapes
-    assert len(shapes) == len(set(shapes)) == 2 + 9 * 6
+    assert len(shapes) == len(set(shapes)) == 2 + 9 * 7
     assert {(1, 28672, 4096), (4096, 7168, 2048), (8192, 8192, 8192), (128, 2112, 7168)} <= set(shapes)
     with pytest.raises(ValueError, match="format is 'fp9'; wanted one of bf16, fp16, fp8_tensor"):
         cases.case("fp9")
@@ -394,6 +396,66 @@ def test_the_read_kernel_compiles_clean(target: str) -> None:
     if compile.nvrtc_version() is None:
         pytest.skip("needs NVRTC")
     assert compile.remarks(compile.build("stream", arch.get(target), {}).log) == []
+
+
+class FakeCupy:
+    """The part of CuPy that a CupyGraph uses, as a log of what was asked."""
+
+    def __init__(self) -> None:
+        log = self.log = []
+
+        class Stream:
+            def __init__(self, non_blocking: bool) -> None:
+                log.append(f"stream {non_blocking}")
+
+            def __enter__(self) -> None:
+                log.append("enter")
+
+            def __exit__(self, *_: object) -> None:
+                log.append("exit")
+
+            def synchronize(self) -> None:
+                log.append("synchronize stream")
+
+            def begin_capture(self) -> None:
+                log.append("begin")
+
+            def end_capture(self) -> Any:
+                log.append("end")
+                return SimpleNamespace(launch=lambda stream: log.append("launch"))
+
+        event = SimpleNamespace(record=lambda stream: log.append("record"), synchronize=lambda: log.append("wait"))
+        device = SimpleNamespace(synchronize=lambda: log.append("synchronize device"))
+        self.cuda = SimpleNamespace(Stream=Stream, Event=lambda: event, Device=lambda: device, get_elapsed_time=lambda start, end: 0.5)
+
+
+def test_a_cupy_graph_warms_captures_and_keeps_its_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = FakeCupy()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    operand = type("Operand", (), {})()
+    alive = weakref.ref(operand)
+    made = measure.CupyGraph(lambda i, operand=operand: cupy.log.append(f"call {i}"), 2)
+    del operand
+    assert cupy.log == [
+        "synchronize device", "stream True", "enter", "call 0", "synchronize stream", "begin", "call 0", "call 1", "end", "exit"
+    ]  # fmt: skip
+    cupy.log.clear()
+    assert made.us() == 250.0
+    assert cupy.log == ["record", "launch", "record", "wait"]
+    assert alive() is not None, "the graph reads memory that nobody owns"
+
+
+def test_a_call_that_fails_in_a_capture_ends_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = FakeCupy()
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+    def call(i: int) -> None:
+        if i == 1:
+            raise cugemm.CaptureError("not warm")
+
+    with pytest.raises(cugemm.CaptureError, match="not warm"):
+        measure.CupyGraph(call, 2)
+    assert cupy.log[-3:] == ["begin", "end", "exit"]
 
 
 # bench

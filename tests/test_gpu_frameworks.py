@@ -273,6 +273,8 @@ def test_cupy_stream(dev: Any, spin: Callable[[int], None]) -> None:
     cupy.cuda.Device().synchronize()
     for i in range(3):
         with cupy.cuda.Stream(non_blocking=True) as stream:
+            cugemm.linear(x, w)  # CuPy's pool has a part for each stream, and filling it waits for the GPU
+            stream.synchronize()
             spin(LONG)
             x.fill(i + 1)
             y = cugemm.linear(x, w)

@@ -19,11 +19,11 @@ ROOMS = (
     {"arrays", "quantized"},
     {"problem", "conversion"},
     {"catalog", "reference"},
-    {"host", "select", "intake"},
+    {"host", "select", "intake", "values"},
     {"compile", "tensormap", "packed", "launch"},
     {"plan"},
     {"api"},
-    {"", "gemm", "adapters", "layers", "checkpoints", "tune", "cases", "measure", "bench", "demo", "info", "__main__"},
+    {"", "gemm", "adapters", "layers", "checkpoints", "tune", "cases", "measure", "records", "bench", "demo", "info", "__main__"},
 )
 """Rooms of the package, leaves first: a module imports from its own row and the rows above it. "" is cugemm/__init__.py."""
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
@@ -32,7 +32,7 @@ UPWARD = {("arrays", "adapters"), ("launch", "adapters")}
 FRAMEWORKS = {"torch", "jax", "jaxlib"}
 MEASURE_FRAMEWORKS = {"bench", "cases", "measure"}
 """They run torch beside us."""
-NAME_FRAMEWORKS = {"arrays", "adapters"} | MEASURE_FRAMEWORKS
+NAME_FRAMEWORKS = {"arrays", "adapters", "info"} | MEASURE_FRAMEWORKS
 
 
 class Import(NamedTuple):

@@ -6,7 +6,7 @@ Without a GPU, "cuda:0" means the CPU: `Tensor.to` and `device=` are patched whi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -17,7 +17,7 @@ import cugemm
 
 torch = pytest.importorskip("torch")
 
-MM_FP4 = '''
+MM_FP4 = """
 import torch
 import flashinfer
 
@@ -35,9 +35,9 @@ weight_scale = torch.randn(intermediate_size).half().to("cuda:0")
 
 # FP4 GEMM
 output = flashinfer.mm_fp4(x, weight_fp4, weight_scale)
-'''
+"""  # noqa: W291
 
-BMM_FP8 = '''
+BMM_FP8 = """
 import torch
 import flashinfer
 
@@ -51,9 +51,9 @@ weight_fp8 = torch.randn(hidden_size, intermediate_size).half().to("cuda:0")
 weight_scale = torch.randn(intermediate_size).half().to("cuda:0")
 
 output = flashinfer.bmm_fp8(x, weight_fp8, weight_scale)
-'''
+"""
 
-SEGMENTS = '''
+SEGMENTS = """
 import torch
 import flashinfer
 
@@ -79,9 +79,9 @@ expert_indices = torch.randint(0, num_experts, (batch_size,)).int().to("cuda:0")
 
 # 执行分组 GEMM
 output = gemm_wrapper.forward(x, expert_weights, expert_indices)
-'''
+"""
 
-TGV = '''
+TGV = """
 import torch
 import flashinfer
 
@@ -90,7 +90,7 @@ a = torch.randn(1024, 4096).half().to("cuda:0")
 b = torch.randn(4096, 11008).half().to("cuda:0")
 
 output = flashinfer.tgv_gemm_sm100(a, b)
-'''
+"""
 
 LAYER = '''
 import torch
@@ -124,7 +124,7 @@ layer = QuantizedLinearLayer(4096, 11008, use_fp8=True)
 x = torch.randn(8, 4096).half().to("cuda:0")
 output = layer.forward(x)
 print(f"输出形状: {output.shape}")  # torch.Size([8, 11008])
-'''
+'''  # noqa: W293
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -146,7 +146,7 @@ def cuda_is_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dict[str, Any]]]:
+def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
     """Execute an example and give its variables; every large product on the way may say that it runs on the host."""
     if request.param == "cpu":
         request.getfixturevalue("cuda_is_cpu")
@@ -160,7 +160,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
             assert names["output"].is_cuda
         return names
 
-    yield execute
+    return execute
 
 
 def f64(x: Any) -> np.ndarray[Any, Any]:

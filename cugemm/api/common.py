@@ -24,7 +24,10 @@ def gemm_options(
     except TypeError as error:
         if not str(error).startswith("unhashable"):
             raise
-        raise TypeError(f"{op.name}: out_dtype is {out_dtype!r}, which is not a dtype; pass a name such as 'bfloat16' or a dtype object.") from None
+        options = {"out_dtype": out_dtype, "backend": backend, "accumulate": accumulate}
+        role, value = next((r, x) for r, x in options.items() if type(x).__hash__ is None)
+        wanted = "is not a dtype; pass a name such as 'bfloat16' or a dtype object" if role == "out_dtype" else "pass a string"
+        raise TypeError(f"{op.name}: {role} is a {type(value).__name__}, {'which ' if role == 'out_dtype' else ''}{wanted}.") from None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -69,12 +72,12 @@ def product(
 
 @functools.lru_cache(maxsize=4096)
 def _with_a(options: GemmOptions, fmt: Format) -> GemmOptions:
-    return options._replace(a_element=fmt.element.name, a_block=fmt.block)
+    return options._replace(a_element=fmt.element.name, a_block=fmt.block, a_scale_axes="mk")
 
 
 @functools.lru_cache(maxsize=4096)
 def _with_b(options: GemmOptions, fmt: Format) -> GemmOptions:
-    return options._replace(b_element=fmt.element.name, b_block=fmt.block)
+    return options._replace(b_element=fmt.element.name, b_block=fmt.block, b_scale_axes="")
 
 
 def _check_axis(op: GemmOp, position: int, q: Quantized, wanted: int) -> None:

@@ -47,6 +47,7 @@ _MM_FP4 = register("mm_fp4", FLOATS16, FLOATS4, called={"a_scale": "a_descale", 
 
 _BF16_BACKENDS = ("cudnn", "cutlass", "tgv", "cublaslt", "tinygemm", "cutile", "cute-dsl")
 _FP8_BACKENDS = ("cudnn", "cublas", "cutlass", "cute-dsl")
+_GRANULARITIES = tuple((gm, gn, 128) for gm in (1, 128) for gn in (1, 128))
 _FP4_BACKENDS = ("cudnn", "trtllm", "cutlass", "cute-dsl", "b12x")
 
 
@@ -182,7 +183,7 @@ def mm_fp8(
 def bmm_fp8(
     A: Any,
     B: Any,
-    A_scale: Any,
+    A_scale: Any = None,
     B_scale: Any = None,
     dtype: Any = None,
     out: Any = None,
@@ -236,7 +237,7 @@ def gemm_fp8_nt_groupwise(
 
     >>> out = cugemm.gemm_fp8_nt_groupwise(a, b, a_scale, b_scale, "K")
     """
-    return _groupwise(_GROUPWISE, a, b, a_scale, b_scale, scale_major_mode, tuple(scale_granularity_mnk), out, out_dtype, backend)
+    return _groupwise(_GROUPWISE, a, b, a_scale, b_scale, scale_major_mode, scale_granularity_mnk, out, out_dtype, backend)
 
 
 def gemm_fp8_nt_blockscaled(
@@ -261,8 +262,12 @@ def _groupwise(
     out_dtype: Any,
     backend: str,
 ) -> Any:
-    if len(granularity) != 3 or granularity[0] not in (1, 128) or granularity[1] not in (1, 128) or granularity[2] != 128:
+    if not isinstance(granularity, (tuple, list)) or tuple(granularity) not in _GRANULARITIES:
         raise ValueError(f"{op.name}: scale_granularity_mnk is {granularity}; wanted (1 or 128, 1 or 128, 128).")
+    if backend == "trtllm" and mode not in (None, "MN"):
+        raise ValueError(
+            f"{op.name}: scale_major_mode is {mode!r}, but backend 'trtllm' has a layout of its own; pass None, or another backend."
+        )
     if backend == "trtllm":
         a_axes, b_axes = "km", "nk"
     elif mode in ("K", "MN"):
@@ -346,7 +351,11 @@ def mm_fp4(
 
     >>> out = cugemm.mm_fp4(x, w_codes, scale)
     """
+    if use_8x4_sf_layout:
+        raise ValueError("mm_fp4: use_8x4_sf_layout is True, but 16-bit activations have no block scales; drop it.")
     if type(b) is Quantized:
+        if a_descale is not None or b_descale is not None:
+            raise TypeError("mm_fp4: b is a Quantized, which has its own scale; drop a_descale and b_descale.")
         return product(_MM_FP4, a, b, gemm_options(_MM_FP4, out_dtype, backend, _FP4_BACKENDS), alpha=alpha, out=out)
     if not is_float16(a):
         raise TypeError(

@@ -83,9 +83,7 @@ class SegmentGEMMWrapper:
             wanted = (experts, intermediate, hidden) if weight_column_major else (experts, hidden, intermediate)
             shape = shape_of("SegmentGEMMWrapper.run", "weights", weights)
             if shape != wanted:
-                raise ValueError(
-                    f"SegmentGEMMWrapper.run: weights have shape {shape}, but the wrapper was built for {wanted}."
-                )
+                raise ValueError(f"SegmentGEMMWrapper.run: weights have shape {shape}, but the wrapper was built for {wanted}.")
         counted = batch_size is None or is_scalar(batch_size)
         rows = {"expert_indices": None if counted else batch_size, "seg_indptr": seg_indptr, "seg_lens": seg_lens}
         given = [name for name, value in rows.items() if value is not None]

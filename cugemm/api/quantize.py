@@ -10,7 +10,7 @@ from cugemm.conversion import QuantizeOp, QuantizeOptions
 from cugemm.formats import FORMATS, Format
 from cugemm.launch import run
 from cugemm.problem import register
-from cugemm.quantized import Quantized
+from cugemm.quantized import Quantized, swapped
 
 _QUANTIZE: QuantizeOp = register(QuantizeOp("quantize", ("x",)))
 _DEQUANTIZE: QuantizeOp = register(QuantizeOp("dequantize", ("data", "scale")))
@@ -51,7 +51,7 @@ def dequantize(q: Quantized, dtype: Any = "bfloat16") -> Any:
     if type(q) is not Quantized:
         raise TypeError(f"dequantize: q is a {type(q).__name__}; pass a Quantized (cugemm.quantize returns one).")
     if q.k_axis != q.ndim - 1:
-        return dequantize(q.T, dtype).T
+        return swapped(dequantize(q.T, dtype))
     return run(_DEQUANTIZE, (q.data, q.scale), _options(q.format, False, dtype))
 
 

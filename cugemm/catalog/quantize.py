@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import NamedTuple
 
+from cugemm import arch
 from cugemm.arch import Device
 from cugemm.catalog.step import NULL, Step, Zero
 from cugemm.conversion import QuantizeCall, QuantizeProblem
@@ -33,7 +35,7 @@ class Quantize:
             return "converts matrices, does not multiply them"
         if problem.backend not in ("auto", self.name):
             return f"backend={problem.backend!r} was asked for"
-        return None
+        return None if problem.arch in ("", *arch.ARCHS) else "needs sm_80 or newer"
 
     def candidates(self, problem: QuantizeProblem) -> tuple[Config, ...]:
         return (Config(32 if problem.block == (1, 128) else _THREADS),)
@@ -56,13 +58,12 @@ def _step(call: QuantizeCall, config: Config, mode: int, pointers: tuple[int, in
     """pointers: positions of x, data, scale, amax."""
     problem = call.problem
     rows, cols = call.block
-    if problem.block == (ALL, ALL) or problem.direction != "quantize":  # blocks only divide the work, unless they carry the scale
-        rows, cols = (
-            (rows, cols)
-            if problem.direction == "dequantize" and problem.block != (ALL, ALL)
-            else (max(1, _PIECE // max(call.cols, 1)), call.cols)
-        )
+    if problem.block == (ALL, ALL) or problem.direction == "cast":  # no block carries a scale of its own: they only divide the work
+        rows = max(1, _PIECE // cols)
     blocks = call.batch * ceil_div(call.rows, rows) * ceil_div(call.cols, cols)
+    if problem.direction == "quantize" and mode == _QUANTIZE:  # every scale is written, also that of an empty array
+        blocks = math.prod(call.outputs[1][0]) if problem.block != (ALL, ALL) else max(blocks, 1)
+    batch_count, row_count = (call.batch, call.rows) if call.batch else (1, 0)
     defines = (
         ("MODE", mode),
         ("ELEMENT", ELEMENTS[problem.element].code),
@@ -71,7 +72,7 @@ def _step(call: QuantizeCall, config: Config, mode: int, pointers: tuple[int, in
     )
     batch, row, column = call.x_strides
     scale_batch, scale_row, scale_column = call.scale_strides
-    tail = _TAIL.pack(row, column, batch, scale_row, scale_column, scale_batch, call.rows, call.cols, call.batch, rows, cols, FP32.code)
+    tail = _TAIL.pack(row, column, batch, scale_row, scale_column, scale_batch, row_count, call.cols, batch_count, rows, cols, FP32.code)
     return Step("quantize", defines, ceil_div(blocks * config.threads_per_block, _THREADS), _THREADS, 0, pointers, (), tail)
 
 

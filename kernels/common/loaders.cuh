@@ -156,6 +156,20 @@ struct AsyncLoader {
     __device__ __forceinline__ void put(u32) const {}
 };
 
+// Eight decoded values into a shared chunk, or, split, into the same chunk of both planes.
+template <int kPlanes, int kPlaneBytes>
+__device__ __forceinline__ void put_chunk(u32 at, const u32* v) {
+    if constexpr (kPlanes == 1) {
+        store_shared_16(at, v[0], v[1], v[2], v[3]);
+    } else {
+        u32 high[4], low[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) split_fp16(v[i], high[i], low[i]);
+        store_shared_16(at, high[0], high[1], high[2], high[3]);
+        store_shared_16(at + kPlaneBytes, low[0], low[1], low[2], low[3]);
+    }
+}
+
 template <int kElement, int kMajor, int kRows, int kPlanes>
 struct DecodingLoader {
     static constexpr bool kAsync = false;
@@ -182,19 +196,7 @@ struct DecodingLoader {
             decode_chunk<kElement, kComputeBf16>(raw[i], values);
 #pragma unroll
             for (int j = 0; j < chunks.kWritten; ++j)
-                put_chunk(tile + Target::offset(chunks.line(i), chunks.chunk * chunks.kWritten + j), &values[4 * j]);
-        }
-    }
-
-    static __device__ __forceinline__ void put_chunk(u32 at, const u32* v) {
-        if constexpr (kPlanes == 1) {
-            store_shared_16(at, v[0], v[1], v[2], v[3]);
-        } else {
-            u32 high[4], low[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) split_fp16(v[i], high[i], low[i]);
-            store_shared_16(at, high[0], high[1], high[2], high[3]);
-            store_shared_16(at + Target::kBytes, low[0], low[1], low[2], low[3]);
+                put_chunk<kPlanes, Target::kBytes>(tile + Target::offset(chunks.line(i), chunks.chunk * chunks.kWritten + j), &values[4 * j]);
         }
     }
 };
@@ -245,7 +247,7 @@ struct GatherLoader {
             for (int j = 0; j < 4; ++j)
                 values[j] = decode_pair<kElement, kComputeBf16>(raw[i][j * kStored / 4], raw[i][j * kStored / 4 + (kStored == 8)]);
             const u32 at = tile + Tile<0, kRows>::offset(line + i * line_step, chunk + i * chunk_step);
-            DecodingLoader<kElement, 0, kRows, kPlanes>::put_chunk(at, values);
+            put_chunk<kPlanes, Tile<0, kRows>::kBytes>(at, values);
         }
     }
 };
