@@ -57,6 +57,8 @@ class Spec:
         self.dtype = dtype_name(dtype)
         self.strides = dense_strides(self.shape) if strides is None else tuple(int(s) for s in strides)
         self.device = device
+        if any(n < 0 for n in self.shape):
+            raise ValueError(f"Spec: shape {self.shape} has a negative size; pass sizes of 0 and more.")
         if len(self.strides) != len(self.shape):
             raise ValueError(f"Spec: strides {self.strides} and shape {self.shape} differ in length; give one stride per axis.")
 
@@ -108,7 +110,7 @@ def dtype_name(dtype: Any) -> str:
         name = dtype.removeprefix("torch.")
         if hasattr(ml_dtypes, name) or name in _NUMPY_DTYPES:
             return name
-    if not hasattr(dtype, "__array__"):
+    if isinstance(dtype, type) or not hasattr(dtype, "__array__"):
         try:
             return str(np.dtype(dtype).name)
         except TypeError:
@@ -386,7 +388,10 @@ class Dlpack(Framework):
         kind, device = x.__dlpack_device__()
         on_gpu = kind in (dlpack.CUDA, dlpack.CUDA_MANAGED)
         # DLPack calls the legacy default stream 1; 0 is not allowed.
-        capsule, t = dlpack.read(x, (self.stream(device) or 1) if on_gpu else None)
+        try:
+            capsule, t = dlpack.read(x, (self.stream(device) or 1) if on_gpu else None)
+        except TypeError as error:
+            raise TypeError(f"{role} is a {type(x).__name__} that cannot be read: {error}.") from error
         if t.ptr == 0 and math.prod(t.shape) > 0:
             raise TypeError(f"{role} is a {type(x).__name__} whose DLPack pointer is null; pass an array that owns memory.")
         return capsule, View(t.ptr, t.shape, t.strides, t.dtype, device if on_gpu else HOST, t.readonly)
@@ -498,7 +503,10 @@ def is_jax(x: Any) -> bool:
 
 
 def is_scalar(x: Any) -> bool:
-    return isinstance(x, (int, float, np.generic)) and not isinstance(x, (bool, np.bool_))
+    """A Python or NumPy number that can be a scale; no bool, complex or string."""
+    if isinstance(x, (int, float, np.integer, np.floating)):
+        return not isinstance(x, bool)
+    return isinstance(x, np.generic) and hasattr(ml_dtypes, type(x).__name__)
 
 
 class Held:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
-from cugemm.arrays import HOST, Dlpack, Framework, Jax, View, framework_of, is_scalar, share_bytes
+from cugemm.arrays import HOST, Cupy, Dlpack, Framework, Jax, Numpy, View, framework_of, is_scalar, share_bytes
 from cugemm.formats import FP32
 from cugemm.problem import Argument
 
@@ -36,7 +37,7 @@ def take(op: Op, arrays: tuple[Any, ...]) -> Intake:
     views: list[Argument] = []
     capsules: list[Any] = []
     first: tuple[str, Framework, int] | None = None
-    abstract = False
+    abstract: bool | None = None
     for role, x in zip(op.roles, arrays, strict=True):
         if x is None or is_scalar(x):
             views.append(None if x is None else check_scalar(op, role, x))
@@ -50,31 +51,44 @@ def take(op: Op, arrays: tuple[Any, ...]) -> Intake:
         if any(s < 0 for s in view.strides):
             raise ValueError(f"{op.name}: {role} has negative strides {view.strides}; pass a copy (for example np.ascontiguousarray).")
         if first is None:
-            first = (role, framework, view.device)
-        elif framework.name != first[1].name:
+            first, abstract = (role, framework, view.device), framework.abstract(x)
+        elif not _together(framework, first[1], view.device):
             raise TypeError(
                 f"{op.name}: {role} is a {framework.name} array, but {first[0]} is a {first[1].name} array; convert one of them."
             )
+        elif framework.abstract(x) != abstract:
+            places = [_place(view.device, not abstract), _place(first[2], bool(abstract))]
+            raise TypeError(f"{op.name}: {role} is on {places[0]}, but {first[0]} is on {places[1]}; move one of them.")
         elif view.device != first[2]:
             raise TypeError(f"{op.name}: {role} is on {_place(view.device)}, but {first[0]} is on {_place(first[2])}; move one of them.")
-        abstract |= framework.abstract(x)
+        if isinstance(framework, Dlpack):
+            first = (first[0], framework, first[2])  # its arrays take the way that keeps capsules
         views.append(view)
     if first is None:
         raise TypeError(f"{op.name}: {op.roles[0]} is missing; pass an array.")
     check_aliasing(op.name, op.roles, tuple(views))
-    return Intake(first[1], tuple(views), first[2], abstract, capsules)
+    return Intake(first[1], tuple(views), first[2], bool(abstract), capsules)
+
+
+def _together(a: Framework, b: Framework, device: int) -> bool:
+    """Same framework, or a plain DLPack producer beside the arrays that its results come as: NumPy's on the host, CuPy's on a GPU."""
+    home = Numpy if device == HOST else Cupy
+    return a.name == b.name or (isinstance(a, Dlpack) and isinstance(b, home)) or (isinstance(b, Dlpack) and isinstance(a, home))
 
 
 def check_scalar(op: Op, role: str, x: Any) -> float:
-    """A scale or alpha that comes by value: a finite float32."""
-    value = float(x)
-    if not abs(value) <= FP32.max:
-        raise ValueError(f"{op.name}: {role} is a number that is no finite float32; scales and alpha are.")
+    """A scale or alpha that comes by value: what float32 holds."""
+    try:
+        value = float(x)
+    except OverflowError:
+        value = FP32.max * 2.0  # an int that no float holds
+    if math.isfinite(value) and abs(value) > FP32.max:
+        raise ValueError(f"{op.name}: {role} is a number outside float32; scales and alpha are float32.")
     return value
 
 
-def _place(device: int) -> str:
-    return "the host" if device == HOST else f"cuda:{device}"
+def _place(device: int, abstract: bool = False) -> str:
+    return "meta or fake memory" if abstract else "the host" if device == HOST else f"cuda:{device}"
 
 
 def check_aliasing(name: str, roles: tuple[str, ...], views: tuple[Argument, ...]) -> None:

@@ -306,7 +306,7 @@ def run_views(
     bound = None if values.DEBUG else _VIEWS.get(key)
     if bound is None:
         call = op.check(views, options)
-        if device == HOST or values.DEBUG:
+        if values.DEBUG:
             values.check(op, call, views, device, stream)
         if device == HOST:
             _on_host(call, views, options, outputs)

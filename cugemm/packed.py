@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from cugemm import driver
 from cugemm.catalog import Step, Zero
-from cugemm.formats import FP32
 
 _CONFIG = struct.Struct("<7I4xQQI4x")
 """CUlaunchConfig: grid, block, dynamic shared memory, stream, attributes, their number (56 bytes, see `driver.LaunchConfig`)."""
@@ -51,10 +50,7 @@ class Launch(NamedTuple):
         view[_ARGS_AT : _ARGS_AT + len(self.args)] = self.args
         self.pack(memory, _ARGS_AT, *self.pick(pointers))
         for offset, position in self.scalars:
-            value = float(arrays[position])
-            if not abs(value) <= FP32.max:
-                raise OverflowError  # NaN too; the long way says it in words
-            _pack_float(memory, _ARGS_AT + offset, value)
+            _pack_float(memory, _ARGS_AT + offset, arrays[position])  # OverflowError outside float32
         _pack_stream(memory, _STREAM_AT, stream)
         driver.launch(address, self.function, address + _PARAMS_AT, self.device)
 

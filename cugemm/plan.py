@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from cugemm import launch
-from cugemm.arrays import HOST, dtype_name
+from cugemm.arrays import HOST, Spec, framework_of, is_scalar
 from cugemm.catalog import Step
 from cugemm.launch import Recorded
 from cugemm.problem import GemmCall, bucket
+from cugemm.quantized import Quantized
 
 
 def _record(name: str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Recorded]:
@@ -59,7 +60,9 @@ def warmup(fn: Callable[..., Any], *args: Any, m: int | Iterable[int] | None = N
 
     >>> cugemm.warmup(cugemm.mm_bf16, x, w.T, m=range(1, 257))
     """
-    sizes = () if m is None else (m,) if isinstance(m, int) else tuple(m)
+    sizes = () if m is None else (m,) if isinstance(m, int) else tuple(m) if isinstance(m, Iterable) else None
+    if sizes is None or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise TypeError(f"warmup: m is {m!r}; pass a positive int or several of them.")
     for recorded in _record("warmup", fn, args, kwargs):
         if recorded.device == HOST:
             continue
@@ -95,10 +98,8 @@ class Plan:
             raise ValueError(f"{self!r}: got {len(args)} arguments; the plan was made for {len(self._looks)}.")
         for i, (x, wanted) in enumerate(zip(args, self._looks, strict=True)):
             look = _look(x)
-            if look != wanted:
-                raise ValueError(
-                    f"{self!r}: argument {i} is {_text(look)}; the plan was made for {_text(wanted)}. Make another plan for it."
-                )
+            if not _fits(wanted, look):
+                raise ValueError(f"{self!r}: argument {i} is {look}; the plan was made for {wanted}. Make another plan for it.")
         return self._fn(*args, **self._kwargs)
 
     def __repr__(self) -> str:
@@ -117,18 +118,39 @@ def plan(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
     return Plan(fn, args, kwargs)
 
 
-def _look(x: Any) -> tuple[Any, ...]:
-    if hasattr(x, "format") and hasattr(x, "scale"):  # Quantized
-        return ("quantized", x.format.name, _look(x.data), _look(x.scale))
-    if not hasattr(x, "shape"):
-        return ("value", type(x).__name__)
-    size = 1
-    strides = x.stride() if callable(getattr(x, "stride", None)) else getattr(x, "strides", None)
-    if strides is not None and hasattr(x, "itemsize") and not callable(getattr(x, "stride", None)):
-        size = x.dtype.itemsize
-    steps = None if strides is None else tuple(s // size for s in strides)
-    return ("array", tuple(x.shape), dtype_name(x.dtype), steps)
+class _Look(NamedTuple):
+    """What a plan depends on. Device: ordinal, HOST, or None for a stand-in that says nothing of it (meta tensors)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    strides: tuple[int, ...]
+    device: int | None
+
+    def fits(self, other: Any) -> bool:
+        return isinstance(other, _Look) and self[:3] == other[:3] and (self.device is None or self.device == other.device)
+
+    def __str__(self) -> str:
+        where = "no device" if self.device is None else "the host" if self.device == HOST else f"cuda:{self.device}"
+        return f"{self.dtype}{list(self.shape)} with strides {self.strides} on {where}"
 
 
-def _text(look: tuple[Any, ...]) -> str:
-    return f"{look[2]}{list(look[1])} with strides {look[3]}" if look[0] == "array" else " ".join(map(str, look[:2]))
+def _look(x: Any) -> Any:
+    """_Look of an array, tuple of them for a Quantized, type of anything else."""
+    if type(x) is Quantized:
+        return (x.format.name, _look(x.data), _look(x.scale))
+    if x is None or is_scalar(x) or not (hasattr(x, "shape") or hasattr(x, "__dlpack__")):
+        return type(x)
+    framework = framework_of(x, "plan: argument")
+    view = framework.view(x, "plan: argument")
+    meta = framework.abstract(x) and not isinstance(x, Spec) and view.device == HOST
+    return _Look(view.shape, view.dtype, view.strides, None if meta else view.device)
+
+
+def _fits(wanted: Any, look: Any) -> bool:
+    if isinstance(wanted, _Look):
+        return wanted.fits(look)
+    if isinstance(wanted, tuple):
+        return (
+            isinstance(look, tuple) and len(look) == 3 and wanted[0] == look[0] and _fits(wanted[1], look[1]) and _fits(wanted[2], look[2])
+        )
+    return bool(wanted == look)

@@ -6,6 +6,7 @@ Expected values come from tests/oracles.py (exact cases: one right answer; rando
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from oracles import Case, check_exact, check_random, embed, exact_case, random_c
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cugemm
-from cugemm import Quantized, SegmentGEMMWrapper, Spec, launch, problem
+from cugemm import Quantized, SegmentGEMMWrapper, Spec, launch, problem, reference
 from cugemm.arrays import View, share_bytes
 
 pytestmark = pytest.mark.requires("torch", "jax")
@@ -574,82 +575,121 @@ def segments_case(m: int, experts: int, expert: list[int], element: str = "bf16"
     return oracles.given_case(case.a, case.b, element, element, expert=np.asarray(expert))
 
 
+def check_wrong_values(framework: Framework, words: str, case: Case, *arguments: Any, **how: Any) -> None:
+    """Indices that select nothing: an error that counts them, but for JAX, whose values are not there to be checked: zero rows."""
+    before = launch.launches
+    if "j" in framework.name:
+        check_exact(case, framework.call(SegmentGEMMWrapper().run, case.a, case.b, *arguments, **how), BF16)
+        return
+    with pytest.raises(ValueError, match=words):
+        framework.call(SegmentGEMMWrapper().run, case.a, case.b, *arguments, **how)
+    assert launch.launches == before
+
+
 @each
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 @pytest.mark.parametrize("column_major_weights", [False, True])
 def test_expert_indices(framework: Framework, dtype: Any, column_major_weights: bool) -> None:
-    """Any order, repeats, unused experts; indices outside [0, E) give zero rows."""
-    expert = [2, 0, 2, -1, 1, 4, 0, 2, 2**31 - 1, -(2**31)]
+    """Any order, repeats, unused experts."""
+    expert = [2, 0, 2, 0, 1, 2, 0, 2, 1, 2]
     case = segments_case(10, 4, expert)
     weights = np.ascontiguousarray(case.b.swapaxes(1, 2)) if column_major_weights else case.b
     run = SegmentGEMMWrapper(num_experts=4, hidden_size=24, intermediate_size=10).forward
     check_exact(case, framework.call(run, case.a, weights, np.asarray(expert, dtype), weight_column_major=column_major_weights), BF16)
+    expert[3:6] = [-1, 4, 2**31 - 1]
+    wrong = segments_case(10, 4, expert)
+    check_wrong_values(framework, r"expert_indices has 3 values outside \[0, 4\)", wrong, np.asarray(expert, dtype))
 
 
 SEGMENTS = {
-    "plain": ([0, 3, 3, 7, 10], [0] * 3 + [2] * 4 + [3] * 3),
-    "gap at the start and end": ([2, 3, 5, 5, 8], [-1] * 2 + [0] + [1] * 2 + [3] * 3 + [-1] * 2),
-    "past m": ([0, 4, 11, 11, 11], [0] * 4 + [-1] * 6),
-    "negative": ([-2, 3, 5, 6, 10], [-1] * 3 + [1] * 2 + [2] + [3] * 4),
-    "goes back": ([0, 6, 2, 8, 10], [0] * 6 + [-1] * 2 + [3] * 2),
-    "goes back and stays below": ([0, 6, 2, 4, 5], [0] * 6 + [-1] * 4),
-    "goes back and catches up": ([0, 6, 2, 6, 9], [0] * 6 + [3] * 3 + [-1]),
-    "all the same": ([4, 4, 4, 4, 4], [-1] * 10),
-    "one segment past m hides its successors": ([0, 20, 3, 6, 10], [-1] * 10),
+    "plain": ([0, 3, 3, 7, 10], [0] * 3 + [2] * 4 + [3] * 3, ""),
+    "gap at the start and end": ([2, 3, 5, 5, 8], [-1] * 2 + [0] + [1] * 2 + [3] * 3 + [-1] * 2, ""),
+    "all the same": ([4, 4, 4, 4, 4], [-1] * 10, ""),
+    "past m": ([0, 4, 11, 11, 11], [0] * 4 + [-1] * 6, "3 values outside"),
+    "negative": ([-2, 3, 5, 6, 10], [-1] * 3 + [1] * 2 + [2] + [3] * 4, "1 value outside"),
+    "goes back": ([0, 6, 2, 8, 10], [0] * 6 + [-1] * 2 + [3] * 2, "1 value below"),
+    "goes back and stays below": ([0, 6, 2, 4, 5], [0] * 6 + [-1] * 4, "1 value below"),
+    "goes back and catches up": ([0, 6, 2, 6, 9], [0] * 6 + [3] * 3 + [-1], "1 value below"),
+    "one segment past m hides its successors": ([0, 20, 3, 6, 10], [-1] * 10, "1 value outside"),
 }
-"""indptr over ten rows -> the expert of each row. A segment that begins before an earlier entry of indptr selects no rows."""
+"""indptr over ten rows -> the expert of each row where values are not checked (a GPU, JAX), and the complaint where they are. A segment
+that begins before an earlier entry of indptr selects no rows."""
 
 
 @each
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 @pytest.mark.parametrize("name", list(SEGMENTS))
 def test_indptr(framework: Framework, name: str, dtype: Any) -> None:
-    indptr, expert = SEGMENTS[name]
+    indptr, expert, complaint = SEGMENTS[name]
     case = segments_case(10, 4, expert)
-    run = SegmentGEMMWrapper(np.zeros(8, np.uint8)).run
-    check_exact(case, framework.call(run, case.a, case.b, 4, seg_indptr=np.asarray(indptr, dtype)), BF16)
+    given = {"seg_indptr": np.asarray(indptr, dtype)}
+    if complaint:
+        check_wrong_values(framework, f"seg_indptr has {complaint}", case, 4, **given)
+    else:
+        check_exact(case, framework.call(SegmentGEMMWrapper(np.zeros(8, np.uint8)).run, case.a, case.b, 4, **given), BF16)
+
+
+@pytest.mark.parametrize("name", list(SEGMENTS))
+def test_what_an_indptr_selects(name: str) -> None:
+    """The definition, which the reference follows and kernels are tested against."""
+    indptr, expert, _ = SEGMENTS[name]
+    highest = np.maximum.accumulate(indptr)
+    rows = [-1] * 10
+    for s, (start, end) in enumerate(itertools.pairwise(indptr)):
+        if start == highest[s] and 0 <= start <= end <= 10:
+            rows[start:end] = [s] * (end - start)
+    assert rows == expert, "the table above says what the rule says"
+    assert reference.experts_from_segments(10, indptr=np.asarray(indptr), experts=4).tolist() == expert
 
 
 @each
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_lens(framework: Framework, dtype: Any) -> None:
-    """Lengths sum up to starts; a negative one counts as 0, one past m selects nobody and nor do those behind it."""
-    run = SegmentGEMMWrapper().run
-    for lens, expert in (
-        ([3, 0, 4, 3], [0] * 3 + [2] * 4 + [3] * 3),
-        ([3, -5, 4, 1], [0] * 3 + [2] * 4 + [3] + [-1] * 2),
-        ([3, 9, 1, 1], [0] * 3 + [-1] * 7),
-        ([2**31 - 1, 2**31 - 1, 2**31 - 1, 5], [-1] * 10),
-        ([0, 0, 0, 0], [-1] * 10),
+    """Lengths sum up to starts."""
+    for lens, expert, complaint in (
+        ([3, 0, 4, 3], [0] * 3 + [2] * 4 + [3] * 3, ""),
+        ([3, 0, 4, 1], [0] * 3 + [2] * 4 + [3] + [-1] * 2, ""),
+        ([0, 0, 0, 0], [-1] * 10, ""),
+        ([3, -5, 4, 1], [0] * 3 + [2] * 4 + [3] + [-1] * 2, "1 value negative"),
+        ([3, 9, 1, 1], [0] * 3 + [-1] * 7, "3 values past"),
+        ([2**31 - 1, 2**31 - 1, 2**31 - 1, 5], [-1] * 10, "4 values past"),
     ):
         case = segments_case(10, 4, expert)
-        check_exact(case, framework.call(run, case.a, case.b, seg_lens=np.asarray(lens, dtype)), BF16)
-    long = np.asarray([2**62, 2**62, 1, 1], np.int64)
-    if "j" not in framework.name:
-        check_exact(segments_case(10, 4, [-1] * 10), framework.call(run, case.a, case.b, seg_lens=long), BF16)
+        given = {"seg_lens": np.asarray(lens, dtype)}
+        if complaint:
+            check_wrong_values(framework, f"seg_lens has {complaint}", case, **given)
+        else:
+            check_exact(case, framework.call(SegmentGEMMWrapper().run, case.a, case.b, **given), BF16)
+        assert reference.experts_from_segments(10, lens=np.asarray(lens, dtype), experts=4).tolist() == expert
 
 
 @each
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_weight_indices(framework: Framework, dtype: Any) -> None:
-    """More segments than matrices, repeats, and matrices that do not exist."""
-    chosen = np.asarray([1, 0, 1, 7, -1], dtype)
-    case = segments_case(10, 2, [1] * 2 + [0] * 2 + [1] * 2 + [-1] * 4)
+    """More segments than matrices, and repeats; matrices that do not exist are refused."""
+    chosen = np.asarray([1, 0, 1, 0, 0], dtype)
+    case = segments_case(10, 2, [1] * 2 + [0] * 2 + [1] * 2 + [0] * 4)
     run = SegmentGEMMWrapper().run
     for how in ({"seg_lens": [2] * 5}, {"seg_indptr": [0, 2, 4, 6, 8, 10]}):
         given = {key: np.asarray(value, dtype) for key, value in how.items()}
         check_exact(case, framework.call(run, case.a, case.b, 5, weight_indices=chosen, **given), BF16)
+        bad = np.asarray([1, 0, 1, 7, -1], dtype)
+        wrong = segments_case(10, 2, [1] * 2 + [0] * 2 + [1] * 2 + [-1] * 4)
+        check_wrong_values(framework, r"weight_indices has 2 values outside \[0, 2\)", wrong, 5, weight_indices=bad, **given)
 
 
 @pytest.mark.parametrize("element", ["fp16", "e4m3", "e5m2"])
 def test_segment_dtypes_and_out(element: str) -> None:
-    case = segments_case(10, 4, [3, 2, 1, 0, 0, 1, 2, 3, 9, 9], element)
+    case = segments_case(10, 4, [3, 2, 1, 0, 0, 1, 2, 3, 3, 0], element)
     indices = np.asarray(case.expert, np.int64)
     dtype = FP16 if element == "fp16" else BF16
     check_exact(case, SegmentGEMMWrapper().run(case.a, case.b, indices), dtype)
     for out in (oracles.poison((10, 10), F32), column_major(oracles.poison((10, 10), F32)), embed(oracles.poison((10, 10), F32))):
         assert SegmentGEMMWrapper().forward(case.a, case.b, indices, out=out) is out
         check_exact(case, out, F32)
+        before = out.tobytes()
+        check_wrong_values(NUMPY, "1 value outside", case, np.where(np.arange(10) == 4, 9, indices), out=out)
+        assert out.tobytes() == before
 
 
 @each
@@ -657,10 +697,11 @@ def test_segments_of_nothing(framework: Framework) -> None:
     run = SegmentGEMMWrapper().run
     a, b = np.zeros((0, 24), ml_dtypes.bfloat16), np.zeros((4, 24, 10), ml_dtypes.bfloat16)
     assert framework.call(run, a, b, np.zeros(0, np.int32)).shape == (0, 10)
+    assert framework.call(run, a, b[:0], np.zeros(0, np.int32)).shape == (0, 10)
     a = np.ones((3, 24), ml_dtypes.bfloat16)
     for how in ({"seg_lens": np.zeros(0, np.int32)}, {"seg_indptr": np.zeros(1, np.int32)}):
         assert not framework.call(run, a, b, **how).astype(float).any()
-    assert not framework.call(run, a, b[:0], np.zeros(3, np.int32)).astype(float).any()
+        assert not framework.call(run, a, b[:0], **how).astype(float).any()
     assert not framework.call(run, a[:, :0], b[:, :0], np.zeros(3, np.int32)).astype(float).any()
 
 
@@ -725,9 +766,9 @@ def test_special_values_pass_through() -> None:
     assert np.isinf(y[1]).all()
     assert (y[2] == 4).all()
     assert np.isnan(
-        cugemm.mm_fp8(np.ones((2, 2), ml_dtypes.float8_e4m3fn), np.ones((2, 2), ml_dtypes.float8_e4m3fn), a_scale=float("nan")).astype(
-            float
-        )
+        cugemm.mm_fp8(
+            np.ones((2, 2), ml_dtypes.float8_e4m3fn), np.ones((2, 2), ml_dtypes.float8_e4m3fn), a_scale=np.full(1, np.nan, np.float32)
+        ).astype(float)
     ).all()
 
 

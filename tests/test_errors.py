@@ -540,9 +540,7 @@ CASES = [
         ("matmul: ", "JAX arrays are immutable: drop out="),
         lambda: (matmul, jax_array(*A), jax_array(*B), {"out": jax_array(4, 16)}),
     ),
-    Case(
-        "out-numpy-for-jax", T, ("matmul: ", "out", "drop out="), lambda: (matmul, jax_array(*A), jax_array(*B), {"out": poisoned(4, 16)})
-    ),
+    Case("out-numpy-for-jax", T, ("matmul: ", "drop out="), lambda: (matmul, jax_array(*A), jax_array(*B), {"out": poisoned(4, 16)})),
     Case(
         "out-segments",
         V,
@@ -689,12 +687,6 @@ CASES = [
         lambda: (linear, tensor(*A), tensor(*W), numpy(16)),
     ),
     Case(
-        "dlpack-numpy",
-        T,
-        ("matmul: ", "b is a NumPy array", "a is a Hidden array", "convert"),
-        lambda: (matmul, Hidden(tensor(*A)), numpy(*B)),
-    ),
-    Case(
         "dlpack-on-metal",
         T,
         ("matmul: ", "a", "Metal"),
@@ -820,6 +812,24 @@ CASES = [
         T,
         ("SegmentGEMMWrapper", "expert_indices is a NumPy array", "x is a PyTorch array"),
         lambda: run(tensor(*A), tensor(2, *B), numpy(4, dtype="int32")),
+    ),
+    Case(
+        "segments-value",
+        V,
+        ("SegmentGEMMWrapper", "expert_indices has 4 values outside [0, 2)", "correct"),
+        lambda: run(numpy(*A), numpy(2, *B), numpy(4, dtype="int32") - 1, out=poisoned(4, 16)),
+    ),
+    Case(
+        "segments-indptr-value",
+        V,
+        ("SegmentGEMMWrapper", "seg_indptr has 1 value outside [0, 4]", "correct"),
+        lambda: run(numpy(*A), numpy(2, *B), seg_indptr=np.array([0, 2, 5]), out=poisoned(4, 16)),
+    ),
+    Case(
+        "segments-lens-value",
+        V,
+        ("SegmentGEMMWrapper", "seg_lens has 1 value negative", "correct"),
+        lambda: run(numpy(*A), numpy(2, *B), seg_lens=np.array([2, -1]), out=poisoned(4, 16)),
     ),
     # quantize, dequantize, Quantized
     Case("quantize-format", V, ("quantize: ", "format is 'fp8'", "fp8_row"), lambda: (quantize, numpy(*A), "fp8")),

@@ -481,7 +481,7 @@ def entry_arrays(dev: Any) -> tuple[dict[str, Array], dict[str, Any]]:
         "codes": make(3, m, n, k, "bf16", "e2m1").b | np.uint8(0xA0), "A16": batch16.a, "B16": batch16.b, "A8": batch8.a, "B8": batch8.b,
         "bias": rng.integers(-8, 9, n).astype(ml_dtypes.bfloat16), "one": np.full(1, 0.5, np.float32), "sw_row": powers(n, 1),
         "sa_row": powers(m, 1), "sa_group": powers(m, 3), "sa_block": powers(1, 3), "sw_block": powers(1, 3),
-        "expert": rng.integers(-1, 3, m).astype(np.int32),
+        "expert": rng.integers(0, 2, m).astype(np.int32),
     }  # fmt: skip
     return arrays, {name: dev.put(x) for name, x in arrays.items()}
 

@@ -67,6 +67,8 @@ def run(op: Any, arrays: tuple[Any, ...], options: Any) -> Any:
                 device = _device_of(op, arrays, i, device)
         elif is_scalar(x):
             scalars.append(len(operands))
+        elif op.roles[i] == "out":
+            raise TypeError(f"{op.name}: JAX arrays are immutable: drop out=")
         else:
             raise TypeError(
                 f"{op.name}: {op.roles[i]} is a {type(x).__module__}.{type(x).__name__}, other arguments are JAX arrays; pass a jax.Array."

@@ -7,7 +7,7 @@ from typing import Any
 
 from cugemm.arrays import dtype_name, framework_of
 from cugemm.catalog import KERNELS
-from cugemm.formats import Format
+from cugemm.formats import BF16, FP16, Format
 from cugemm.launch import run
 from cugemm.problem import GemmOp, GemmOptions
 from cugemm.quantized import Quantized
@@ -17,7 +17,7 @@ def gemm_options(
     op: GemmOp, out_dtype: Any = None, backend: str = "auto", backends: tuple[str, ...] = (), accumulate: str = "fast", **fixed: Any
 ) -> GemmOptions:
     """The checked options of one call, cached by value. `backends`: names FlashInfer's entry takes, which all mean our choice."""
-    if out_dtype is not None and hasattr(out_dtype, "shape") and not isinstance(out_dtype, type):
+    if hasattr(out_dtype, "__dlpack__") and not isinstance(out_dtype, type):
         raise TypeError(f"{op.name}: out_dtype is an array; it wants a dtype. Pass scales by keyword: a_scale=..., b_scale=...")
     try:
         return _options(op.name, out_dtype, backend, backends, accumulate, tuple(fixed.items()))
@@ -34,7 +34,7 @@ def gemm_options(
 def _options(
     name: str, out_dtype: Any, backend: str, backends: tuple[str, ...], accumulate: str, fixed: tuple[tuple[str, Any], ...]
 ) -> GemmOptions:
-    own = ("auto", *(kernel.name for kernel in KERNELS))
+    own = ("auto", *(kernel.name for kernel in KERNELS if kernel.multiplies))
     if backend not in own and backend not in backends:
         raise ValueError(f"{name}: backend is {backend!r}; wanted one of {', '.join(map(repr, dict.fromkeys((*own, *backends))))}.")
     try:
@@ -90,12 +90,17 @@ def _check_axis(op: GemmOp, position: int, q: Quantized, wanted: int) -> None:
         raise ValueError(f"{op.name}: {op.roles[position]} is packed along axis {q.k_axis}, but axis {wanted} is summed over; pass its .T.")
 
 
-def is_float16(x: Any) -> bool:
-    """A 16-bit array of any framework (bfloat16 or float16)."""
+def dtype_of(x: Any) -> str:
+    """dtype name of an operand before its call is checked; empty for what is no array."""
     dtype = getattr(x, "dtype", None)
     if dtype is None and hasattr(x, "__dlpack__"):
         dtype = framework_of(x, "operand").view(x, "operand").dtype
-    return str(dtype).endswith("float16")
+    return "" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def is_float16(x: Any) -> bool:
+    """A 16-bit array of any framework (bfloat16 or float16)."""
+    return dtype_of(x) in (BF16.dtype, FP16.dtype)
 
 
 def shape_of(name: str, role: str, x: Any) -> tuple[int, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cugemm.api.common import gemm_options, is_float16, product, same_k, shape_of
+from cugemm.api.common import dtype_of, gemm_options, is_float16, product, same_k, shape_of
 from cugemm.api.quantize import cast_e4m3, quantize
+from cugemm.arrays import framework_of
 from cugemm.formats import FORMATS
 from cugemm.problem import FLOATS4, FLOATS8, FLOATS16, GemmOp
 from cugemm.problem import product as register
@@ -76,27 +77,34 @@ def linear(
     >>> y = cugemm.linear(x, cugemm.quantize(w, "fp8_row"), activations="fp8_row")
     """
     options = gemm_options(_LINEAR, out_dtype, backend, (), accumulate, b_axes="nk")
-    lead: tuple[int, ...] = ()
     shape = shape_of("linear", "x", x)
+    if len(shape) != 2 and type(x) is not Quantized:
+        keywords = {"activations": activations, "out_dtype": out_dtype, "accumulate": accumulate, "backend": backend}
+        return _linear_of_rows(shape, x, w, bias, out, keywords)
     if activations is not None:
         _check_activations(x, activations)
         same_k(_LINEAR, x, w, -1)
-    if len(shape) != 2 and type(x) is not Quantized:
-        if not shape or not hasattr(x, "reshape"):
-            raise ValueError(f"linear: x has shape {shape}; wanted a 2-D array.")
-        lead, x = shape[:-1], x.reshape((-1, shape[-1]))
-        if out is not None:
-            out_2d = out.reshape((-1, out.shape[-1]))
-            if tuple(out.shape[:-1]) != tuple(lead) or not _same_memory(out, out_2d):
-                raise ValueError(f"linear: out has shape {tuple(out.shape)}; wanted {(*lead, w.shape[0])} with collapsible leading axes.")
-            linear(x, w, bias, activations=activations, out=out_2d, out_dtype=out_dtype, accumulate=accumulate, backend=backend)
-            return out
-    if activations is not None:
         if options.out_dtype is None and out is None and is_float16(x):
-            options = options._replace(out_dtype=str(x.dtype).removeprefix("torch."))
+            options = options._replace(out_dtype=dtype_of(x))
         x = quantize(x, activations)
-    y = product(_LINEAR, x, w, options, bias=bias, out=out)
-    return y.reshape((*lead, y.shape[-1])) if len(shape) != 2 and lead is not None and tuple(y.shape) != (*lead, y.shape[-1]) else y
+    return product(_LINEAR, x, w, options, bias=bias, out=out)
+
+
+def _linear_of_rows(shape: tuple[int, ...], x: Any, w: Any, bias: Any, out: Any, keywords: dict[str, Any]) -> Any:
+    """`linear` of an x with other than two axes: all but the last are rows."""
+    if not shape or not hasattr(x, "reshape"):
+        raise ValueError(f"linear: x has shape {shape}; wanted a 2-D array.")
+    rows = x.reshape((-1, shape[-1]))
+    if out is None:
+        y = linear(rows, w, bias, **keywords)
+        return y.reshape((*shape[:-1], y.shape[-1]))
+    flat = out.reshape((-1, out.shape[-1]))
+    framework = framework_of(out, "linear: out")
+    # NOTE: a reshape that copies would lose the result, so the addresses are compared.
+    if tuple(out.shape[:-1]) != shape[:-1] or framework.view(out, "out").ptr != framework.view(flat, "out").ptr:
+        raise ValueError(f"linear: out has shape {tuple(out.shape)}; wanted {(*shape[:-1], w.shape[0])} with collapsible leading axes.")
+    linear(rows, w, bias, out=flat, **keywords)
+    return out
 
 
 def _check_activations(x: Any, activations: str) -> None:
@@ -105,13 +113,6 @@ def _check_activations(x: Any, activations: str) -> None:
         raise ValueError(f"linear: activations is {activations!r}; wanted one of {', '.join(known)}.")
     if type(x) is Quantized:
         raise TypeError("linear: x is a Quantized already; drop activations.")
-
-
-def _same_memory(a: Any, b: Any) -> bool:
-    from cugemm.arrays import framework_of  # noqa: PLC0415
-
-    framework = framework_of(a, "out")
-    return framework.view(a, "out").ptr == framework.view(b, "out").ptr
 
 
 def matmul(a: Any, b: Any, *, out: Any = None, out_dtype: Any = None, accumulate: str = "fast", backend: str = "auto") -> Any:

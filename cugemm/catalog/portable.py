@@ -81,6 +81,7 @@ _LAUNCH_US = 2.5
 
 class Portable:
     name = "portable"
+    multiplies = True
 
     def refuse(self, problem: object) -> str | None:
         if not isinstance(problem, Problem):

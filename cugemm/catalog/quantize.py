@@ -29,6 +29,7 @@ class Config(NamedTuple):
 
 class Quantize:
     name = "quantize"
+    multiplies = False
 
     def refuse(self, problem: object) -> str | None:
         if not isinstance(problem, QuantizeProblem):

@@ -39,7 +39,8 @@ class Kernel(Protocol):
     """One catalogue entry: a kernel source and everything the host knows about it."""
 
     name: str
-    """What `explain` prints and `backend=` accepts."""
+    """What `explain` prints and, of a kernel that multiplies, `backend=` accepts."""
+    multiplies: bool
 
     def refuse(self, problem: Any) -> str | None:
         """Why this kernel cannot do `problem`, as a sentence; None if it can."""
