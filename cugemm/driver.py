@@ -117,7 +117,7 @@ _FORK = (
 
 def _load() -> ctypes.CDLL:
     """The driver's library, opened and initialised."""
-    global _library, _launch_ex
+    global _library, launch_ex
     with _lock:
         if _forked:
             raise CudaError(_FORK)
@@ -139,24 +139,25 @@ def _load() -> ctypes.CDLL:
         result = library.cuInit(0)
         if result:
             raise CudaError(_text(library, "cuInit", result) + (f": {_FORK}" if result == _NOT_INITIALIZED else ""))
-        _library, _launch_ex = library, library.cuLaunchKernelEx
+        _library, launch_ex = library, library.cuLaunchKernelEx
         return library
 
 
 def _load_and_launch(config: int, function: int, params: int, extra: None) -> int:
-    """What `_launch_ex` is until the library is loaded."""
+    """What `launch_ex` is until the library is loaded."""
     _load()
-    return _launch_ex(config, function, params, extra)
+    return launch_ex(config, function, params, extra)
 
 
-_launch_ex: Callable[[int, int, int, None], int] = _load_and_launch
+launch_ex: Callable[[int, int, int, None], int] = _load_and_launch
+"""cuLaunchKernelEx itself, for a caller that counts microseconds and takes a result other than 0 to `relaunch`."""
 
 
 def _after_fork() -> None:
-    global _lock, _library, _launch_ex, _forked
+    global _lock, _library, launch_ex, _forked
     _lock = threading.Lock()  # another thread of the parent may have held it
     _forked = _forked or _library is not None
-    _library, _launch_ex = None, _load_and_launch
+    _library, launch_ex = None, _load_and_launch
 
 
 if hasattr(os, "register_at_fork"):
@@ -285,12 +286,13 @@ def launch(config: int, function: int, params: int, device: int) -> None:
 
     `device` is the function's: a thread without a context gets its primary one and keeps it, a thread that is on another device visits it.
     """
-    result = _launch_ex(config, function, params, None)
+    result = launch_ex(config, function, params, None)
     if result:
-        _relaunch(config, function, params, device, result)
+        relaunch(config, function, params, device, result)
 
 
-def _relaunch(config: int, function: int, params: int, device: int, result: int) -> None:
+def relaunch(config: int, function: int, params: int, device: int, result: int) -> None:
+    """What `launch` does about a `result` that is not 0: bind or visit the device and try once more, else CudaError."""
     library = _library or _load()
     if result in _WRONG_CONTEXT:
         if result == _CONTEXT_IS_DESTROYED:
@@ -298,10 +300,10 @@ def _relaunch(config: int, function: int, params: int, device: int, result: int)
         current = current_device()
         if current is None:
             bind(device)
-            result = _launch_ex(config, function, params, None)
+            result = launch_ex(config, function, params, None)
         elif current != device:
             with on_device(device):
-                result = _launch_ex(config, function, params, None)
+                result = launch_ex(config, function, params, None)
     if result:
         c = LaunchConfig.from_address(config)
         what = f"grid {tuple(c.grid)}, block {tuple(c.block)}, {c.smem} bytes of dynamic shared memory, device {device}"

@@ -23,10 +23,10 @@ class _Thread(threading.local):
     """Each thread packs its launches into memory of its own, because the driver call releases the GIL (R15)."""
 
     def __init__(self) -> None:
-        self.memory = ctypes.create_string_buffer(_ARGS_AT + _MAX_ARGS)
-        self.address = ctypes.addressof(self.memory)
-        self.view = memoryview(self.memory).cast("B")
-        _pack_stream(self.memory, _PARAMS_AT, self.address + _ARGS_AT)  # the one kernel parameter: the argument struct
+        memory = ctypes.create_string_buffer(_ARGS_AT + _MAX_ARGS)
+        address = ctypes.addressof(memory)
+        _pack_stream(memory, _PARAMS_AT, address + _ARGS_AT)  # the one kernel parameter: the argument struct
+        self.parts = memoryview(memory).cast("B"), memory, address, address + _PARAMS_AT
 
 
 _thread = _Thread()
@@ -44,15 +44,16 @@ class Launch(NamedTuple):
     device: int
 
     def __call__(self, arrays: Sequence[Any], pointers: Sequence[int], stream: int) -> None:
-        thread = _thread
-        view, memory, address = thread.view, thread.memory, thread.address
+        view, memory, config, params = _thread.parts
         view[:_PARAMS_AT] = self.config
         view[_ARGS_AT : _ARGS_AT + len(self.args)] = self.args
         self.pack(memory, _ARGS_AT, *self.pick(pointers))
         for offset, position in self.scalars:
             _pack_float(memory, _ARGS_AT + offset, arrays[position])  # OverflowError outside float32
         _pack_stream(memory, _STREAM_AT, stream)
-        driver.launch(address, self.function, address + _PARAMS_AT, self.device)
+        failed = driver.launch_ex(config, self.function, params, None)
+        if failed:
+            driver.relaunch(config, self.function, params, self.device, failed)
 
 
 class Clear(NamedTuple):

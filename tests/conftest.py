@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cugemm import driver
+from cugemm import arch, driver, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cugemm")
     group.addoption(
         "--require", default="", metavar="MODULES", help="comma-separated modules whose absence is a failure, not a skip; `gpu` too"
+    )
+    group.addoption(
+        "--target", default="", metavar="ARCH", help="run GPU code built for this arch (compute_80: PTX of sm_80 on a newer GPU)"
     )
     group.addoption("--seed", type=int, default=None, help="seed of the `rng` fixture, as a failed test printed it")
 
@@ -94,6 +97,16 @@ def _cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         if "CUGEMM_CACHE_DIR" not in os.environ:
             patch.setenv("CUGEMM_CACHE_DIR", str(tmp_path_factory.mktemp("cugemm-cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _target(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Under --target, every device passes for one of that arch."""
+    name, machine = request.config.getoption("--target"), launch.machine
+    with pytest.MonkeyPatch.context() as patch:
+        if name:
+            patch.setattr(launch, "machine", lambda device: (arch.get(name), machine(device)[1]))
         yield
 
 

@@ -54,6 +54,10 @@ int cuFuncSetAttribute(uint64_t f, int a, int v) { seen_calls[0] = f; seen_calls
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n, uint64_t f, int threads, size_t smem) {
   *n = f == 7 ? threads + (int)smem : 0; return 0;
 }
+int cuStreamSynchronize(uint64_t s) { seen_calls[0] = s; return 0; }
+int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t n) {
+  seen_calls[0] = from; for (size_t i = 0; i < n; i++) ((unsigned char *)to)[i] = (unsigned char)(i + 1); return 0;
+}
 int cuStreamIsCapturing(uint64_t s, int *status) { *status = capture_status; return capture_answer; }
 int cuEventCreate(uint64_t *e, unsigned flags) { *e = 0xfedcba9876543210ull; return flags == 2 ? 0 : 1; }
 int cuEventRecord(uint64_t e, uint64_t s) { seen_calls[0] = e; seen_calls[1] = s; return 0; }
@@ -301,6 +305,14 @@ def test_no_driver_at_all(stub: Stub) -> None:
     for call in (stub.driver.device_count, lambda: Launch(stub.driver).go(0)):
         with pytest.raises(CudaError, match=r"no NVIDIA driver: libcuda_that_is_not_there\.so\.1.*--gpus all.*host memory"):
             call()
+
+
+def test_copies_to_the_host_and_waits(stub: Stub) -> None:
+    memory = (ctypes.c_ubyte * 3)()
+    stub.driver.copy_to_host(ctypes.addressof(memory), BIG, 3)
+    assert list(memory) == [1, 2, 3] and stub.calls()[0] == BIG
+    stub.driver.synchronize(BIG + 1)
+    assert stub.calls()[0] == BIG + 1
 
 
 def test_driver_older_than_launch_ex(stub: Stub, tmp_path: Path) -> None:

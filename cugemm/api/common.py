@@ -17,11 +17,12 @@ def gemm_options(
     op: GemmOp, out_dtype: Any = None, backend: str = "auto", backends: tuple[str, ...] = (), accumulate: str = "fast", **fixed: Any
 ) -> GemmOptions:
     """The checked options of one call, cached by value. `backends`: names FlashInfer's entry takes, which all mean our choice."""
-    if hasattr(out_dtype, "__dlpack__") and not isinstance(out_dtype, type):
-        raise TypeError(f"{op.name}: out_dtype is an array; it wants a dtype. Pass scales by keyword: a_scale=..., b_scale=...")
     try:
-        return _options(op.name, out_dtype, backend, backends, accumulate, tuple(fixed.items()))
+        return _options(op.name, out_dtype, backend, backends, accumulate, tuple(fixed.items()) if fixed else ())
     except TypeError as error:
+        if hasattr(out_dtype, "__dlpack__") and not isinstance(out_dtype, type):
+            text = f"{op.name}: out_dtype is an array; it wants a dtype. Pass scales by keyword: a_scale=..., b_scale=..."
+            raise TypeError(text) from None
         if not str(error).startswith("unhashable"):
             raise
         options = {"out_dtype": out_dtype, "backend": backend, "accumulate": accumulate}
@@ -49,7 +50,6 @@ def product(
     a: Any,
     b: Any,
     options: GemmOptions,
-    *,
     a_scale: Any = None,
     b_scale: Any = None,
     alpha: Any = None,

@@ -178,7 +178,7 @@ def mm_fp8(
     >>> out = cugemm.mm_fp8(a, w.T, a_scale=sa, b_scale=sb)
     """
     options = gemm_options(_MM_FP8, out_dtype, backend, ("trtllm_low_latency",), accumulate)
-    return product(_MM_FP8, a, b, options, a_scale=a_scale, b_scale=b_scale, alpha=alpha, bias=bias, out=out)
+    return product(_MM_FP8, a, b, options, a_scale, b_scale, alpha, bias, out)
 
 
 def bmm_fp8(
