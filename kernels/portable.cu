@@ -159,8 +159,8 @@ __device__ __forceinline__ u64 advance(u64 pointer, i64 values, i32 type) {  // 
 // The scales of this thread's rows and columns, fetched for one block of 128 k at a time.
 struct Scales {
     const Args& args;
-    u64 a, b;                         // of this batch and expert
-    i32 row_block[kRowsPerThread];    // 0 for rows and columns past the edge: any scale will do, the result is not stored
+    u64 a, b;                       // of this batch and expert
+    i32 row_block[kRowsPerThread];  // 0 for rows and columns past the edge: any scale will do, the result is not stored
     i32 column_block[kColumnsPerThread];
 
     __device__ __forceinline__ Scales(const Args& args, const Work& work, const Operand& rows, const Place& place)
@@ -180,8 +180,8 @@ struct Scales {
 
     // NOTE: the type is tested outside the loops, so that all loads of a call are under way together.
     template <int kCount>
-    static __device__ __forceinline__ void gather(
-        float (&out)[kCount], const i32 (&block)[kCount], u64 p, i64 origin, i64 step, i32 type, float value) {
+    static __device__ __forceinline__ void gather(float (&out)[kCount], const i32 (&block)[kCount], u64 p, i64 origin, i64 step, i32 type,
+                                                  float value) {
         if (p == 0) {
 #pragma unroll
             for (int i = 0; i < kCount; ++i) out[i] = value;
@@ -203,8 +203,8 @@ struct Scales {
 // In iteration t tile t is multiplied; cp.async fetches tile t + STAGES - 1; register loaders put t + 1 and fetch t + 2 (without VECTOR
 // they fetch and put t + 1).
 
-__device__ __forceinline__ void main_loop(
-    Accumulator& sum, const Args& args, const Work& work, const Operand& a, const Operand& b, const Place& place, u32 stages) {
+__device__ __forceinline__ void main_loop(Accumulator& sum, const Args& args, const Work& work, const Operand& a, const Operand& b,
+                                          const Place& place, u32 stages) {
     LoaderA load_a(a);
     LoaderB load_b(b);
     const Scales scales(args, work, a, place);  // unused, and gone, unless SCALE_MODE is 1
@@ -266,8 +266,7 @@ __device__ __forceinline__ void main_loop(
 #pragma unroll
                 for (int j = 0; j < kFragmentsN * 2; ++j)
 #pragma unroll
-                    for (int v = 0; v < 4; ++v)
-                        sum[i][j][v] += row_scale[2 * i + v / 2] * column_scale[2 * j + v % 2] * part[i][j][v];
+                    for (int v = 0; v < 4; ++v) sum[i][j][v] += row_scale[2 * i + v / 2] * column_scale[2 * j + v % 2] * part[i][j][v];
         }
         current = next;
     }
@@ -286,7 +285,7 @@ __device__ __forceinline__ void put_sums(const Accumulator& sum, const Place& pl
     for (int i = 0; i < kRowsPerThread; ++i)
 #pragma unroll
         for (int j = 0; j < kFragmentsN * 2; ++j) {
-            const float(&four)[4] = sum[i / 2][j];
+            const float (&four)[4] = sum[i / 2][j];
             const int at = sum_offset(place.row + 8 * i, place.column + 8 * j);
             *reinterpret_cast<float2*>(sums + at) = {four[i % 2 * 2], four[i % 2 * 2 + 1]};
         }

@@ -13,8 +13,8 @@
 
 // Python packs this struct as "<4Q6q6i".
 struct Args {
-    u64 x, data, scale, amax;       // data is contiguous [batch, rows, columns]; scale is fp32 in MODE 1
-    i64 x_row, x_column, x_batch;   // strides in values
+    u64 x, data, scale, amax;      // data is contiguous [batch, rows, columns]; scale is fp32 in MODE 1
+    i64 x_row, x_column, x_batch;  // strides in values
     i64 scale_row, scale_column, scale_batch;
     i32 rows, columns, batch;
     i32 block_rows, block_columns;  // values that share a scale, at least 1 each

@@ -270,7 +270,7 @@ def test_cupy_stream(dev: Any, spin: Callable[[int], None]) -> None:
     k = 512
     w, x = (dev.put(np.full(shape, value, np.float16)) for shape, value in (((64, k), 0.5), ((32, k), 0.0)))
     cugemm.linear(x, w)
-    x.fill(0)  # CuPy compiles this
+    x.fill(1)  # CuPy compiles this
     cupy.cuda.Device().synchronize()
     for i in range(3):
         with cupy.cuda.Stream(non_blocking=True) as stream:

@@ -97,9 +97,9 @@ struct Chunks : Share<kElement, kMajor, kRows> {
     static constexpr int kFixed = kMajor == 0 ? Base::kItems : 1;
 
     const u8* base;
-    i64 step_bytes;      // kMajor 1: from one k to the next
-    u32 start[kFixed];   // kMajor 0: start of each line in units of 16 bytes (the pitch is a multiple)
-    i32 valid;           // kMajor 0: bit i = line i exists; 1: bytes of every chunk that exist
+    i64 step_bytes;     // kMajor 1: from one k to the next
+    u32 start[kFixed];  // kMajor 0: start of each line in units of 16 bytes (the pitch is a multiple)
+    i32 valid;          // kMajor 0: bit i = line i exists; 1: bytes of every chunk that exist
     i32 k_end;
 
     __device__ __forceinline__ explicit Chunks(const Operand& operand)
@@ -201,7 +201,8 @@ struct DecodingLoader {
             decode_chunk<kElement, kComputeBf16>(raw[i], values);
 #pragma unroll
             for (int j = 0; j < chunks.kWritten; ++j)
-                put_chunk<kPlanes, Target::kBytes>(tile + Target::offset(chunks.line(i), chunks.chunk * chunks.kWritten + j), &values[4 * j]);
+                put_chunk<kPlanes, Target::kBytes>(tile + Target::offset(chunks.line(i), chunks.chunk * chunks.kWritten + j),
+                                                   &values[4 * j]);
         }
     }
 };

@@ -11,7 +11,9 @@ enum Element : int { kBf16 = 0, kFp16 = 1, kE4m3 = 2, kE5m2 = 3, kE2m1 = 4, kE2m
 
 // Values in 16 stored bytes.
 template <int kElement>
-constexpr int kChunkValues = kElement == kE2m1x2 ? 32 : (kElement == kBf16 || kElement == kFp16) ? 8 : 16;
+constexpr int kChunkValues = kElement == kE2m1x2                        ? 32
+                             : (kElement == kBf16 || kElement == kFp16) ? 8
+                                                                        : 16;
 
 __device__ __forceinline__ u32 multiply_fp16x2(u32 a, u32 b) {
     u32 r;
@@ -46,7 +48,7 @@ __device__ __forceinline__ u32 decode_spread(u32 x) {
         return multiply_bf16x2(sign | ((x & 0x7F007F00u) >> 3), 0x77807780u) | (special - (special >> 8));  // 2^112; exponent to ones
     } else {
         const u32 nan = all_ones(x, 0x7F007F00u, 0x01000100u);
-        return kToBf16 ? multiply_bf16x2(sign | ((x & 0x7F007F00u) >> 4), 0x7B807B80u) | (nan - (nan >> 9))    // 2^120
+        return kToBf16 ? multiply_bf16x2(sign | ((x & 0x7F007F00u) >> 4), 0x7B807B80u) | (nan - (nan >> 9))   // 2^120
                        : multiply_fp16x2(sign | ((x & 0x7F007F00u) >> 1), 0x5C005C00u) | (nan - (nan >> 6));  // 2^8
     }
 }
@@ -142,10 +144,10 @@ __device__ __forceinline__ u32 encode_fp8(float x) {
         asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(r) : "f"(0.f), "f"(x));
     return r & 0xFF;
 #else
-    constexpr int kDropped = kElement == kE4m3 ? 20 : 21;         // fp32 mantissa bits that fp8 lacks
-    constexpr u32 kBias = kElement == kE4m3 ? 120 : 112;          // difference of the exponent biases
-    constexpr u32 kMinNormal = (kBias + 1) << 23;                 // fp32 bits of the smallest normal fp8
-    constexpr u32 kMagic = (kBias + 1 + kDropped) << 23;          // adding it rounds to the subnormals' spacing
+    constexpr int kDropped = kElement == kE4m3 ? 20 : 21;  // fp32 mantissa bits that fp8 lacks
+    constexpr u32 kBias = kElement == kE4m3 ? 120 : 112;   // difference of the exponent biases
+    constexpr u32 kMinNormal = (kBias + 1) << 23;          // fp32 bits of the smallest normal fp8
+    constexpr u32 kMagic = (kBias + 1 + kDropped) << 23;   // adding it rounds to the subnormals' spacing
     const u32 bits = __float_as_uint(x), sign = bits >> 24 & 0x80;
     if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7F;  // without its sign, as the hardware's cvt
     const u32 magnitude = smaller(bits & 0x7FFFFFFFu, __float_as_uint(kElementMax<kElement>));
