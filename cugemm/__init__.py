@@ -18,6 +18,7 @@ from cugemm.api.quantize import dequantize, quantize
 from cugemm.api.tgv import tgv_gemm, tgv_gemm_sm100
 from cugemm.arrays import Spec
 from cugemm.errors import CaptureError, CompileError, CudaError, HostWarning, NoKernelError
+from cugemm.layers import QuantizedLinear
 from cugemm.plan import Plan, explain, plan, warmup
 from cugemm.quantized import Quantized
 
@@ -31,6 +32,7 @@ __all__ = [
     "NoKernelError",
     "Plan",
     "Quantized",
+    "QuantizedLinear",
     "SegmentGEMMWrapper",
     "Spec",
     "bmm_bf16",

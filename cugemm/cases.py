@@ -13,7 +13,7 @@ from cugemm import arch, launch, select
 from cugemm.api import dense
 from cugemm.api.quantize import quantize
 from cugemm.arrays import HOST, Spec
-from cugemm.catalog import Step
+from cugemm.catalog import Step, segments
 from cugemm.compile import Job
 from cugemm.conversion import scale_shape
 from cugemm.formats import FORMATS
@@ -165,8 +165,10 @@ def _of_buckets(name: str, recorded: launch.Recorded, target: arch.Arch) -> Iter
 
 
 def jobs(formats: Iterable[str], weights: Sequence[tuple[int, int]], target: arch.Arch) -> list[Job]:
-    """The cubins that `formats` can need on `target`, each once, those of their quantisation included."""
-    found: dict[tuple[str, tuple[tuple[str, int], ...]], Job] = {}
+    """The cubins that `formats` can need on `target`, each once, those of quantisation and of grouping included."""
+    found: dict[tuple[str, tuple[tuple[str, int], ...]], Job] = {
+        ("segments", (("MODE", mode),)): Job("segments", target, {"MODE": mode}) for mode in segments.MODES
+    }
     for one in map(case, formats):
         for n, k in weights:
             for m in BUCKETS:

@@ -349,6 +349,35 @@ def test_cubins_of_a_pack(tmp_path: Path) -> None:
     assert "'compile'" not in stats and "'pack'" in stats, stats
 
 
+DEBUG = """
+import numpy as np, cupy, cugemm, pytest
+x, w = cupy.ones((4, 32), "float16"), cupy.ones((3, 32, 8), "float16")
+wrapper = cugemm.SegmentGEMMWrapper(None)
+good = wrapper.run(x, w, cupy.asarray(np.array([2, 0, 1, 2], np.int32)))
+assert bool((good == 32).all())
+cases = {
+    "expert_indices has 2 values outside": lambda: wrapper.run(x, w, cupy.asarray(np.array([2, 3, -1, 0], np.int64))),
+    "seg_indptr has 1 value below the one before": lambda: wrapper.run(x, w, 3, seg_indptr=cupy.asarray(np.array([0, 3, 2, 4], np.int32))),
+    "seg_lens has 1 value negative": lambda: wrapper.run(x, w, 3, seg_lens=cupy.asarray(np.array([1, -1, 2], np.int32))),
+    "weight_indices has 1 value outside": lambda: wrapper.run(
+        x, w, 1, seg_lens=cupy.asarray(np.array([4])), weight_indices=cupy.asarray(np.array([3]))
+    ),
+    "b.scale has 1 value not finite": lambda: cugemm.matmul(x, cugemm.Quantized(
+        cupy.zeros((8, 32), "uint8"), cupy.asarray(np.array([1, 2, 3, np.nan, 5, 6, 7, 8], np.float32)).reshape(8, 1), "fp8_row").T),
+}
+for text, call in cases.items():
+    before = cugemm.launch.launches
+    with pytest.raises(ValueError, match=text):
+        call()
+    assert cugemm.launch.launches == before, text
+print("ok")
+"""
+
+
+def test_debug_checks_values_on_the_gpu() -> None:
+    assert in_a_process(DEBUG, CUGEMM_DEBUG="1").endswith("ok\n")
+
+
 def test_this_run_came_from_the_pack() -> None:
     """When CUGEMM_CACHE_DIR is a pack, everything the tests before this one ran for this GPU was in it."""
     if not (Path(os.environ["CUGEMM_CACHE_DIR"]) / "pack.json").is_file():

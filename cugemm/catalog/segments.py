@@ -9,7 +9,8 @@ from cugemm.catalog.step import NULL, Step, Zero
 from cugemm.problem import EXPERTS, OUT, SEGMENTS, GemmCall, ceil_div
 
 _TAIL = struct.Struct("<q4i")
-_SORT, _SUM, _NARROW = 0, 1, 2  # MODE of the kernel
+_SORT, _SUM, _NARROW = MODES = 0, 1, 2
+"""MODE of the kernel."""
 
 
 def steps(call: GemmCall) -> tuple[list[Step | Zero], int, int, int]:

@@ -1,0 +1,49 @@
+"""A linear layer that holds its weight quantised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cugemm.api.dense import linear
+from cugemm.api.quantize import quantize
+from cugemm.quantized import Quantized
+
+
+class QuantizedLinear:
+    """y[.., n] = sum over k of x[.., k] * weight[n, k] + bias[n], with the weight stored as a `Quantized`.
+
+    weight: [out_features, in_features] bfloat16, float16 or float32, which is quantised to `format` here and not kept, or a Quantized of
+    any format `cugemm.linear` multiplies. bias: [out_features] or None. activations: format that x is quantised to in every call, None to
+    multiply it as it is. Weight and x live in one framework and on one device.
+
+    Errors and numerics: as `cugemm.quantize` and `cugemm.linear`. Holds no other state; one layer serves any number of threads.
+
+    >>> layer = cugemm.QuantizedLinear(weight, bias, format="fp8_row", activations="fp8_row")
+    >>> y = layer(x)
+    """
+
+    def __init__(self, weight: Any, bias: Any = None, *, format: str = "fp8_row", activations: str | None = None) -> None:
+        self.weight = weight if type(weight) is Quantized else quantize(weight, format)
+        if self.weight.ndim != 2 or self.weight.k_axis != 1:
+            raise ValueError(f"QuantizedLinear: weight is {self.weight!r}; wanted [out_features, in_features] with k along axis 1.")
+        self.bias = bias
+        self.activations = activations
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    def __call__(self, x: Any, *, out: Any = None, out_dtype: Any = None) -> Any:
+        """x [.., in_features] -> [.., out_features]; `out` and `out_dtype` as in `cugemm.linear`."""
+        return linear(x, self.weight, self.bias, activations=self.activations, out=out, out_dtype=out_dtype)
+
+    forward = __call__
+
+    def __repr__(self) -> str:
+        bias = "" if self.bias is not None else ", no bias"
+        activations = f", activations={self.activations}" if self.activations else ""
+        return f"QuantizedLinear({self.in_features} -> {self.out_features}, {self.weight.format.name}{activations}{bias})"
