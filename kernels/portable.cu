@@ -212,6 +212,8 @@ __device__ __forceinline__ void main_loop(Accumulator& sum, const Args& args, co
     const i32 tiles = ceil_div(args.k, BLOCK_K);
     const auto fetch = [&](i32 tile, u32 stage, bool async) {
         if (tile >= tiles) return;
+        if (async) load_a.fetch_partial(tile * BLOCK_K, stage);
+        if (async) load_b.fetch_partial(tile * BLOCK_K, stage + kOffsetB);
         if (LoaderA::kAsync == async) load_a.fetch(tile * BLOCK_K, stage);
         if (LoaderB::kAsync == async) load_b.fetch(tile * BLOCK_K, stage + kOffsetB);
     };

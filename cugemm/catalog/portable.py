@@ -104,8 +104,7 @@ class Portable:
         def together(ctas: int) -> float:
             return max(tile.alone[work], ctas * tile.among[work]) if ctas else 0.0
 
-        planes = 2 if {problem.a, problem.b} == {BF16.name, FP16.name} else 1
-        busy = (full * together(resident) + together(last)) * problem.k * planes * 1e-3 * _CALIBRATED_KHZ / device.clock_khz
+        busy = (full * together(resident) + together(last)) * problem.k * _planes(problem) * 1e-3 * _CALIBRATED_KHZ / device.clock_khz
         rows, weights = (problem.m, problem.batch) if problem.grouped else (problem.m * problem.batch, problem.batch)
         values = rows * problem.k * ELEMENTS[problem.a].bits + weights * problem.n * problem.k * ELEMENTS[problem.b].bits
         memory = (values / 8 + rows * problem.n * 2) / (device.read_gbs * 1e3)
@@ -123,6 +122,11 @@ class Portable:
         return (*before, gemm)
 
 
+def _planes(problem: Problem) -> int:
+    """MMAs per product: fp16 beside bf16 is split in two."""
+    return 2 if {problem.a, problem.b} == {BF16.name, FP16.name} else 1
+
+
 def _work(problem: Problem) -> str:
     """Key into the times of a tile."""
     if problem.block_scaled:
@@ -134,6 +138,8 @@ def _work(problem: Problem) -> str:
 def _tiles(problem: Problem) -> tuple[_Tile, ...]:
     if not problem.vector:
         return (_MEDIUM_ANY, _SMALL_ANY) if problem.block_scaled else (_LARGE_ANY, _MEDIUM_ANY, _SMALL_ANY)
+    if problem.block_scaled and {problem.a, problem.b} <= {BF16.name, FP16.name}:
+        return (_MEDIUM_ANY, _SMALL)  # cp.async's addresses or a second plane, beside a second set of sums: fewer of them in each thread
     plain = _work(problem) == "plain" and problem.a == problem.b
     return (_LARGE if plain else _LARGE_DECODING, _MEDIUM, _SMALL)
 
@@ -150,7 +156,7 @@ def _config(problem: Problem, tile: _Tile, limit: int) -> Config:
 
 def _smem(problem: Problem, config: Config) -> int:
     """sizeof(Smem) of the kernel: 16-bit tiles; fp16 beside bf16 takes two planes."""
-    mixed = {problem.a, problem.b} == {BF16.name, FP16.name}
+    mixed = _planes(problem) == 2
     rows = config.block_m * (1 + (mixed and problem.a == FP16.name)) + config.block_n * (1 + (mixed and problem.b == FP16.name))
     return ceil_div(rows * config.block_k * 2 * config.stages, 1024) * 1024
 

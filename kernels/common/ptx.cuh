@@ -27,9 +27,11 @@ __device__ __forceinline__ constexpr i32 ceil_div(i32 a, i32 b) { return a / b +
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 // Global -> shared, asynchronous (PTX 9.7.9.25). `.cg` skips L1, where a tile read once has no use; only 16-byte copies have it.
-// Bytes beyond `valid` are written as zeros and not read from global memory, which handles every tail.
-__device__ __forceinline__ void copy_async_16(u32 shared, const void* global, u32 valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");
+// With valid = 0 zeros are written and nothing is read from global memory; nothing at all happens unless `now`.
+__device__ __forceinline__ void copy_async_16_if(bool now, u32 shared, const void* global, u32 valid) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2; }" ::"r"(shared), "l"(global),
+                 "r"(valid), "r"(static_cast<u32>(now))
+                 : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
