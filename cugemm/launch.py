@@ -237,19 +237,21 @@ def _first(op: Op, arrays: tuple[Any, ...], options: Any) -> Any:
     driver.require()
     bound = bind(op, call, intake.views, framework, device)
     pointers = [view.ptr for view in intake.views if isinstance(view, View)]
-    if values.DEBUG:
-        result = bound(arrays, pointers)
-        driver.synchronize(framework.stream(device))
-        return result
-    if isinstance(framework, Dlpack):
-        result = bound(arrays, pointers)
-        HELD.keep(intake.capsules, device, framework.stream(device))
-        return tuple(framework.release(x, arrays[0]) for x in result) if isinstance(result, tuple) else framework.release(result, arrays[0])
     bound.guarded = framework.differentiable(arrays)
-    present = [i for i, view in enumerate(intake.views) if isinstance(view, View)]
-    bound.match = framework.matcher(arrays, itemgetter(*present) if len(present) > 1 else _one(present[0]))
-    _remember(_key(op, arrays, options), bound)
-    return bound(arrays, pointers)
+    if isinstance(framework, Dlpack):
+        made = bound(arrays, pointers)
+        HELD.keep(intake.capsules, device, framework.stream(device))
+        result: Any = (
+            tuple(framework.release(x, arrays[0]) for x in made) if isinstance(made, tuple) else framework.release(made, arrays[0])
+        )
+    else:
+        present = [i for i, view in enumerate(intake.views) if isinstance(view, View)]
+        bound.match = framework.matcher(arrays, itemgetter(*present) if len(present) > 1 else _one(present[0]))
+        _remember(_key(op, arrays, options), bound)
+        result = bound(arrays, pointers)
+    if values.DEBUG:
+        driver.synchronize(framework.stream(device))
+    return result
 
 
 def _one(position: int) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:

@@ -10,21 +10,19 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import oracles
 import pytest
-import torch
 from oracles import Case, check_exact, check_random, embed, exact_case, random_case
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cugemm
 from cugemm import Quantized, SegmentGEMMWrapper, Spec, launch, problem, reference
 from cugemm.arrays import View, share_bytes
 
-pytestmark = pytest.mark.requires("torch", "jax")
+jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
+jnp = jax.numpy
+FakeTensorMode = pytest.importorskip("torch._subclasses.fake_tensor").FakeTensorMode
 
 BF16, FP16, F32, E4M3, E5M2 = "bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"
 BLOCKS = {"tensor": (0, 0), "row": (1, 0), "group": (1, 128), "block": (128, 128)}

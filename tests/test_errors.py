@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from test_dlpack import Producer
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cugemm
 from cugemm import Quantized, Spec, launch
 
-pytestmark = pytest.mark.requires("torch", "jax")
+jax, torch = pytest.importorskip("jax"), pytest.importorskip("torch")
+jnp = jax.numpy
+FakeTensorMode = pytest.importorskip("torch._subclasses.fake_tensor").FakeTensorMode
 
 BF16, FP16, F32, E4M3, E5M2 = "bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"
 
