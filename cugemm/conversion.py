@@ -79,6 +79,8 @@ class QuantizeOp(NamedTuple):
             raise TypeError(f"{self.name}: {self.roles[0]} is {type(x).__name__}; pass an array.")
         if len(x.shape) not in (2, 3):
             raise ValueError(f"{self.name}: {self.roles[0]} has shape {x.shape}; wanted [rows, k] or [batch, rows, k].")
+        if max(x.shape) >= 2**31:
+            raise ValueError(f"{self.name}: {self.roles[0]} has shape {x.shape}; its axes must be below 2**31.")
         shape = scale_shape(x.shape, fmt)
         if self.name == "dequantize":
             return self.dequantize(x, views[1], shape, fmt, options.dtype)

@@ -241,9 +241,8 @@ def _first(op: Op, arrays: tuple[Any, ...], options: Any) -> Any:
     if isinstance(framework, Dlpack):
         made = bound(arrays, pointers)
         HELD.keep(intake.capsules, device, framework.stream(device))
-        result: Any = (
-            tuple(framework.release(x, arrays[0]) for x in made) if isinstance(made, tuple) else framework.release(made, arrays[0])
-        )
+        fresh = made if isinstance(made, tuple) else (made,)
+        result: Any = given if given is not None else _unwrap([framework.release(x, arrays[0]) for x in fresh])
     else:
         present = [i for i, view in enumerate(intake.views) if isinstance(view, View)]
         bound.match = framework.matcher(arrays, itemgetter(*present) if len(present) > 1 else _one(present[0]))

@@ -27,6 +27,9 @@ ACCUMULATE = ("fast", "promoted", "fp32")
 A, B, A_SCALE, B_SCALE, ALPHA, BIAS, SEGMENTS, EXPERTS, OUT = range(9)
 """Positions of a product's array arguments; `GemmOp.roles` names them for messages."""
 
+_LONGEST = 2**30
+"""Axes must be shorter: kernels count the bytes of a row of 16-bit values in an int."""
+
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 
 
@@ -209,8 +212,8 @@ class GemmOp(NamedTuple):
         out_dtype = self.out_dtype(views[OUT], options, a_element)
         out_shape = (*((batch,) if max(len(a.shape), 0 if grouped else len(b.shape)) == 3 else ()), m, n)
         out_strides = self.out(views[OUT], out_shape, out_dtype)
-        if m * n and max(m, n, k_a) >= 2**31:
-            raise self.error(f"an axis of {max(m, n, k_a)} is too long; m, n and k must be below 2**31.")
+        if m * n and max(m, n, k_a) >= _LONGEST:
+            raise self.error(f"an axis of {max(m, n, k_a)} is too long; m, n and k must be below 2**30.")
         block_scaled = any(s is not None and s.by_k for s in (a_scale, b_scale))
         a_major, b_major, vector = self.layout((a, a_strides, a_element), (b, b_strides, b_element), grouped)
         problem = Problem(
@@ -255,8 +258,8 @@ class GemmOp(NamedTuple):
         """Which axis of each operand is contiguous, and whether both can be read in 16-byte pieces."""
         a_major, a_vector = _major(*a)
         b_major, b_vector = _major(*b)
-        if grouped and a_major == "mn":  # segments begin anywhere, so pieces along m would straddle them
-            a_vector = False
+        if grouped and (a_major == "mn" or a[0].span() >= 2**36):
+            a_vector = False  # segments begin anywhere, so pieces along m would straddle them; and rows are found from the start of a
         return (a_major, b_major, True) if a_vector and b_vector else ("k", "k", False)
 
     # -- scales, epilogue ------------------------------------------------------------------------------------------------------
@@ -268,6 +271,8 @@ class GemmOp(NamedTuple):
         if not isinstance(view, View):
             return None
         role, of = self.roles[position], self.roles[position - 2]
+        if declared is not None and declared[1] not in (ALL, 128):
+            raise self.error(f"{of} is of a format with one scale for each {_block_text(declared)} values; along k it must be 128 or all.")
         if view.dtype not in SCALE_DTYPES:
             raise self.wrong_type(f"{role} is {view.dtype}; wanted {', '.join(SCALE_DTYPES)}.")
         if view.size == 1 and (declared is None or _blocks(rows, k, declared) == (1, 1)):
@@ -441,12 +446,13 @@ def _major(view: View, strides: tuple[int, int, int], element: Element) -> tuple
     batch, row, k = strides
     size = itemsize(view.dtype)
 
-    def aligned(*steps: int) -> bool:
-        return view.ptr % 16 == 0 and all(step * size % 16 == 0 for step in steps)
+    def aligned(line: int) -> bool:
+        # The kernel counts a tile's 16-byte pieces in 32 bits: wider lines go value by value.
+        return view.ptr % 16 == 0 and line * size % 16 == 0 and batch * size % 16 == 0 and line * size < 2**29
 
-    if k == 1 and aligned(row, batch):
+    if k == 1 and aligned(row):
         return "k", True
-    if row == 1 and element.per_byte == 1 and aligned(k, batch):
+    if row == 1 and element.per_byte == 1 and aligned(k):
         return "mn", True
     return "k", False
 

@@ -963,3 +963,55 @@ def test_flashinfer_positions() -> None:
     run = inspect.signature(SegmentGEMMWrapper.run).parameters.values()
     wanted = "x weights batch_size weight_column_major out seg_lens seg_indptr weight_indices"
     assert " ".join(p.name for p in run if p.kind is p.POSITIONAL_OR_KEYWORD) == f"self {wanted}"
+
+
+# --- what only very large or very odd operands reach --------------------------------------------------------------------------------
+
+
+def planned(a: Any, b: Any) -> Any:
+    with launch.recording() as calls:
+        cugemm.matmul(a, b)
+    return calls[0].call.problem
+
+
+def test_axes_and_lines_that_outgrow_32_bits() -> None:
+    long = 2**30
+    for a, b in ((Spec((1, long), BF16), Spec((long, 1), BF16)), (Spec((2, 8), BF16), Spec((8, long), BF16))):
+        with pytest.raises(ValueError, match=r"matmul: an axis of 1073741824 is too long; .* below 2\*\*30"):
+            planned(a, b)
+    b = Spec((64, 16), BF16)
+    assert planned(Spec((4, 64), BF16, strides=(2**28 - 8, 1)), b).vector
+    assert not planned(Spec((4, 64), BF16, strides=(2**28, 1)), b).vector, "lines of 2**29 bytes go value by value"
+
+
+def test_grouped_rows_far_from_the_start_go_value_by_value() -> None:
+    wrapper, weights = SegmentGEMMWrapper(None), Spec((2, 16, 8192), BF16)
+    for rows, vector in ((2**22 - 1, True), (2**22 + 1, False)):
+        with launch.recording() as calls:
+            wrapper.run(Spec((rows, 8192), BF16), weights, Spec((rows,), "int32"), True)
+        assert calls[0].call.problem.vector is vector
+
+
+def test_a_format_with_other_blocks_along_k_is_refused() -> None:
+    mine = problem.ELEMENTS["e4m3"]
+    for width in (64, 256):
+        fmt = type(cugemm.quantize(np.ones((2, 4), np.float32)).format)("mine", mine, (1, width))
+        q = Quantized(np.zeros((64, 512), ml_dtypes.float8_e4m3fn), np.ones((64, 512 // width), np.float32), fmt)
+        with pytest.raises(
+            ValueError, match=rf"linear: w is of a format with one scale for each 1 x {width} values; along k it must be 128"
+        ):
+            cugemm.linear(np.zeros((16, 512), ml_dtypes.bfloat16), q)
+
+
+def test_jax_float4_packed_along_n_is_refused() -> None:
+    if not hasattr(jnp, "float4_e2m1fn"):
+        pytest.skip("this JAX has no float4")
+    x, w = jnp.ones((4, 8), jnp.bfloat16), jnp.zeros((8, 6), jnp.float4_e2m1fn)
+    with pytest.raises(TypeError, match=r"matmul: b is float4_e2m1fn .* packs along n; pass it as \[n, k\]"):
+        cugemm.matmul(x, w)
+    assert cugemm.linear(x, jnp.zeros((6, 8), jnp.float4_e2m1fn)).shape == (4, 6)
+
+
+def test_quantize_refuses_axes_past_2_to_the_31() -> None:
+    with launch.recording(), pytest.raises(ValueError, match=r"quantize: x has shape \(2147483648, 1\); its axes must be below"):
+        cugemm.quantize(Spec((2**31, 1), "float16"))

@@ -125,6 +125,8 @@ def _bind(op: Any, pattern: tuple[bool, ...], options: Any, device: int, *operan
         shape, dtype = x.shape, x.dtype.name
         if dtype == "float4_e2m1fn" and (not shape or shape[-1] % 2):
             raise TypeError(f"{op.name}: {role} is {dtype} of shape {shape}, whose rows share bytes; pad its last axis to an even length.")
+        if dtype == "float4_e2m1fn" and role == op.roles[1] and getattr(options, "b_axes", "nk") == "kn":
+            raise TypeError(f"{op.name}: {role} is {dtype} of shape {shape}, which JAX packs along n; pass it as [n, k] to cugemm.linear.")
         arguments.append((shape, dtype))
         views.append(_view(0, shape, dtype, device))
     call = op.check(tuple(views), options)
