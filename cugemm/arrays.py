@@ -76,6 +76,7 @@ class Spec:
 
 @functools.lru_cache(maxsize=4096)
 def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides as frameworks give them to fresh arrays: an axis of length 0 counts as 1."""
     strides: list[int] = []
     step = 1
     for n in reversed(shape):
@@ -84,7 +85,6 @@ def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-_BITS = {"float4_e2m1fn_x2": 8}
 _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {"float4_e2m1fn_x2": np.dtype(np.uint8)}
 
 
@@ -496,10 +496,6 @@ def _detect(x: Any, role: str) -> Framework:
         f"{role} is a {type(x).__module__}.{type(x).__name__}; pass {hint} "
         "(torch.Tensor, cupy.ndarray, jax.Array, numpy.ndarray or an object with __dlpack__)."
     )
-
-
-def is_jax(x: Any) -> bool:
-    return type(x).__module__.split(".", 1)[0] in ("jax", "jaxlib") and framework_of(x, "") is _JAX
 
 
 def is_scalar(x: Any) -> bool:

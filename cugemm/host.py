@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from cugemm import reference
 from cugemm.arrays import Array, View, host_array, numpy_dtype
 from cugemm.conversion import QuantizeCall, QuantizeOptions
@@ -45,7 +43,7 @@ def _experts(call: GemmCall, views: tuple[Argument, ...]) -> Array:
     rows = _array(views[SEGMENTS])
     assert rows is not None
     if call.segments == "indices":
-        return np.where((rows >= 0) & (rows < call.experts), rows, -1).astype(np.int64)
+        return rows
     return reference.experts_from_segments(
         call.m, **{call.segments: rows}, weight_indices=_array(views[EXPERTS]), experts=call.experts
     )  # fmt: skip

@@ -114,7 +114,6 @@ class GemmCall(NamedTuple):
     b_scale: Scale | None
     alpha_dtype: str | None
     bias_dtype: str | None
-    bias_stride: int
     segments: str
     segment_dtype: str | None
     expert_dtype: str | None
@@ -223,7 +222,7 @@ class GemmOp(NamedTuple):
         workspaces = _segment_workspaces(options.segments, segment_dtype, expert_dtype, m, segments)
         return GemmCall(
             problem, ((out_shape, out_dtype),), workspaces, m, n, k_a, segments if grouped else batch, experts, a_strides, b_strides,
-            out_strides, a_scale, b_scale, alpha_dtype, bias_dtype, 0, options.segments, segment_dtype, expert_dtype,
+            out_strides, a_scale, b_scale, alpha_dtype, bias_dtype, options.segments, segment_dtype, expert_dtype,
         )  # fmt: skip
 
     def matrix(self, view: View, axes: tuple[int, int], element: Element) -> tuple[int, int, tuple[int, int, int], int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from cugemm.arrays import dtype_name, framework_of
 from cugemm.catalog import KERNELS
-from cugemm.formats import BF16, FP16, Format
+from cugemm.formats import ALL, BF16, FP16, Format
 from cugemm.launch import run
 from cugemm.problem import GemmOp, GemmOptions
 from cugemm.quantized import Quantized
@@ -81,13 +81,12 @@ def _with_b(options: GemmOptions, fmt: Format) -> GemmOptions:
 
 
 def _check_axis(op: GemmOp, position: int, q: Quantized, wanted: int) -> None:
-    if (q.k_axis != wanted and q.format.block[1] != 0) or (q.k_axis != wanted and q.format.block[0] != q.format.block[1]):
+    one_scale = q.format.block == (ALL, ALL) and q.format.element.per_byte == 1  # means the same either way round
+    if q.k_axis != wanted and not one_scale:
         role = op.roles[position]
         raise ValueError(
             f"{op.name}: {role} is {q!r} with k along axis {q.k_axis}, but axis {wanted} of {role} is summed over; pass {role}.T."
         )
-    if q.k_axis != wanted and q.format.element.per_byte > 1:
-        raise ValueError(f"{op.name}: {op.roles[position]} is packed along axis {q.k_axis}, but axis {wanted} is summed over; pass its .T.")
 
 
 def dtype_of(x: Any) -> str:

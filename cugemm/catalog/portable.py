@@ -205,7 +205,7 @@ def _tail(call: GemmCall) -> bytes:
 
     return _TAIL.pack(
         call.m, call.n, call.k, call.batch, call.experts,
-        a_row, a_k, a_batch, b_column, b_k, b_batch, out_row, out_column, out_batch, *a_scale, *b_scale, call.bias_stride,
+        a_row, a_k, a_batch, b_column, b_k, b_batch, out_row, out_column, out_batch, *a_scale, *b_scale, 0,  # one bias for all
         a_scale_rows, b_scale_columns, a_scale_type, b_scale_type, code(call.alpha_dtype), code(call.bias_dtype),
         code(call.problem.out), int(call.problem.grouped),
     )  # fmt: skip
