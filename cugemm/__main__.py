@@ -7,12 +7,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import cugemm
-from cugemm import arch, bench, cases, compile, demo, driver, info, records
+from cugemm import arch, bench, calls, cases, compile, demo, driver, info, records
 from cugemm.arrays import HOST
 from cugemm.errors import CudaError
+from cugemm.formats import FORMATS
 
 _REFUSED = 2
 
@@ -36,7 +35,12 @@ def _parser() -> argparse.ArgumentParser:
         ("demo", _demo, "quantise the linear layers of a model, run them, compare with float64", _demo_options),
         ("explain", _explain, "which kernel a call takes, and why", _explain_options),
         ("compile", _compile, "compile the kernels of given shapes before they are needed", _compile_options),
-        ("bench", _bench, "measure products beside torch's and beside what memory and arithmetic allow", _bench_options),
+        (
+            "bench",
+            _bench,
+            "measure products, quantisers and mixtures beside torch, copies, and what memory and arithmetic allow",
+            _bench_options,
+        ),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
@@ -54,8 +58,11 @@ def _no_options(command: argparse.ArgumentParser) -> None:
 def _info(options: argparse.Namespace) -> None:
     found = info.survey()
     _print_pairs(found.facts)
-    print(f"\nProducts a x b on {found.target.name}, scales per tensor, row, column, 1 x 128 or 128 x 128:\n")
-    _print_table(info.support(found.target))
+    print(f"\nProducts a x b on {found.target.name}, with all scales of each format:\n")
+    table = info.support(found.target)
+    _print_table(table.rows)
+    for note in table.notes:
+        print(f"  -: {note}")
     print("\nProblems:" if found.problems else "\nNo problems found.")
     for obstacle in found.problems:
         print(f"  {obstacle.what}\n    -> {obstacle.fix}")
@@ -93,39 +100,43 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _explain_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("op", help="a function of cugemm, such as mm_fp8 or linear")
+    command.add_argument("op", help="an operation of cugemm, such as mm_fp8, linear or quantize; any other name lists them")
     command.add_argument(
-        "--a", required=True, help="first operand: dtype:shape, like bfloat16:16x4096, or format:shape, like fp8_row:11008x4096"
+        "--a",
+        help="first argument: a dtype or format, like bfloat16 or nvfp4@128x4 (its scales in tiles), or with a shape, bfloat16:16x4096",
     )
-    command.add_argument("--b", required=True, help="second operand; :T behind it is the transposed view, like fp8_row:11008x4096:T")
+    command.add_argument("--b", help="second argument; :T behind a shape is the transposed view, like fp8_row:11008x4096:T")
+    command.add_argument("--format", help="of quantize, else of every operand that has a format: " + ", ".join(FORMATS))
+    for letter, name, text in (
+        ("m", "m", "rows"), ("n", "n", "output features"), ("k", "k", "inner size"), ("g", "groups", "groups, experts or matrices"),
+        ("t", "topk", "experts of a row"),
+    ):  # fmt: skip
+        default = calls.SIZES[letter]
+        command.add_argument(f"--{name}", dest=letter, type=_positive, default=default, help=f"{text} (default {default})")
     command.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="other arguments: a_scale=float32:16x1 out_dtype=float16 ..."
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="other arguments: a_scale=float32:16x1 out_dtype=float16 indptr=int32:g+1 ...",
     )
     command.add_argument("--arch", help="plan for this arch; default: GPU 0, sm_90a where there is none")
 
 
 def _explain(options: argparse.Namespace) -> None:
-    fn = getattr(cugemm, options.op, None)
-    if options.op not in cugemm.__all__ or not callable(fn):
-        raise ValueError(f"{options.op!r} is no function of cugemm; wanted one of mm_bf16, mm_fp8, linear, matmul, ...")
     on_gpu = options.arch is None and driver.available()
-    device = 0 if on_gpu else HOST
-    operands = [cases.operand(text, device) for text in (options.a, options.b)]
-    keywords = dict(_keyword(text, device) for text in options.set)
-    target = arch.get(options.arch or "sm_90a")
-    print(cugemm.explain(fn, *operands, **keywords) if on_gpu else cases.explain(fn, operands, keywords, target))
+    target = None if on_gpu else arch.get(options.arch or "sm_90a")
+    sizes = {letter: getattr(options, letter) for letter in calls.SIZES}
+    texts = calls.call_text(options.op, options.a, options.b, options.format) | dict(map(_assignment, options.set))
+    arguments = {name: calls.value(text, 0 if on_gpu else HOST, sizes) for name, text in texts.items()}
+    print(calls.explain(options.op, arguments, target))
 
 
-def _keyword(text: str, device: int) -> tuple[str, Any]:
+def _assignment(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"{text!r} is not NAME=VALUE.")
-    if ":" in value:
-        return name, cases.operand(value, device)
-    try:
-        return name, float(value)
-    except ValueError:
-        return name, value
+    return name, value
 
 
 # compile
@@ -133,7 +144,9 @@ def _keyword(text: str, device: int) -> tuple[str, Any]:
 
 def _compile_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--list", action="store_true", help="print every config that any m may get, per format and weight, and compile nothing"
+        "--list",
+        action="store_true",
+        help="print every config that any m may get, per format and weight, and those of conversions; compile nothing",
     )
     command.add_argument("--arch", type=_words, help="comma-separated, of " + ", ".join(arch.ARCHS) + "; default: GPU 0, else sm_90a")
     command.add_argument("--formats", type=_words, default=tuple(cases.CASES), help="comma-separated; default: all")
@@ -149,7 +162,8 @@ def _compile(options: argparse.Namespace) -> None:
         if options.list:
             print(f"{target.name}:")
             listed = cases.configs(options.formats, options.shapes, target)
-            _print_table([("format", "n", "k", "kernel", "config"), *((c.pair, str(c.n), str(c.k), c.kernel, c.config) for c in listed)])
+            cells = ((c.what, str(c.n or "any"), str(c.k or "any"), c.kernel, c.config) for c in listed)
+            _print_table([("what", "n", "k", "kernel", "config"), *cells])
             continue
         jobs = cases.jobs(options.formats, options.shapes, target)
         started = time.perf_counter()
@@ -175,7 +189,12 @@ def _compile_jobs(jobs: list[compile.Job], pack: Path | None) -> int:
 
 def _bench_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--preset", choices=tuple(cases.PRESETS), help="shapes and formats: baselines is the published set, quick (the default) a few of it"
+        "what", nargs="?", choices=("products", "quantize", "moe"), default="products", help="what to measure (default: products)"
+    )
+    command.add_argument(
+        "--preset",
+        choices=tuple(cases.PRESETS),
+        help="of products: baselines is the published set, formats has every format on a few shapes, quick (the default) is the smallest",
     )
     command.add_argument("--formats", type=_words, help="comma-separated, of " + ", ".join(cases.CASES))
     command.add_argument("--shapes", type=_weights, help="NxK,... of the weights, each with every --m")
@@ -198,28 +217,33 @@ def _bench(options: argparse.Namespace) -> None:
         document["rows"] += (bench.host_rows() if options.host else []) + (bench.first_calls() if options.cold else [])
         _keep(document, options.json)
     else:
-        _bench_products(options, document)
+        _bench_gpu(options, document)
     print(records.table([document]))
 
 
-def _bench_products(options: argparse.Namespace, document: records.Document) -> None:
-    preset = cases.PRESETS[options.preset or "quick"]
-    shapes = preset.shapes if options.shapes is None else [(m, n, k) for n, k in options.shapes for m in options.m]
-    formats = options.formats or preset.formats
+def _bench_gpu(options: argparse.Namespace, document: records.Document) -> None:
+    """Everything that is measured on the GPU, a shape at a time; what is done is kept if the rest fails."""
     until = time.monotonic() + options.seconds
     machine = bench.Bench()
     document["read_gbs"] = round(machine.read_gbs, 1)
+    if options.what == "products":
+        preset = cases.PRESETS[options.preset or "quick"]
+        shapes = preset.shapes if options.shapes is None else [(m, n, k) for n, k in options.shapes for m in options.m]
+        total, measured = len(shapes), machine.rows(shapes, options.formats or preset.formats, until)
+    elif options.what == "quantize":
+        total, measured = len(cases.QUANTISED), machine.quantiser_rows(cases.QUANTISED, until)
+    else:
+        layers = [(layer, m) for layer in cases.LAYERS for m in cases.LAYER_ROWS]
+        total, measured = len(layers), machine.layer_rows(layers, options.formats or cases.LAYER_FORMATS, until)
     done = 0
-    for rows in machine.rows(shapes, formats, until):
+    for rows in measured:
         done += 1
         document["rows"] += rows
         _keep(document, options.json)
-        _show_progress(f"{done} of {len(shapes)} shapes")
+        _show_progress(f"{done} of {total} shapes")
     _show_progress("")
-    if done < len(shapes):
-        print(
-            f"cugemm bench: {len(shapes) - done} of {len(shapes)} shapes left out, --seconds {options.seconds:.0f} is over", file=sys.stderr
-        )
+    if done < total:
+        print(f"cugemm bench: {total - done} of {total} shapes left out, --seconds {options.seconds:.0f} is over", file=sys.stderr)
 
 
 def _keep(document: records.Document, path: Path | None) -> None:

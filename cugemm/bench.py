@@ -16,22 +16,24 @@ from typing import Any
 import numpy as np
 
 from cugemm import cases, launch, measure
-from cugemm.api import dense
+from cugemm.api import fp8
 from cugemm.arrays import numpy_dtype
-from cugemm.cases import Case
+from cugemm.cases import Case, Layer
 from cugemm.errors import NoKernelError
 from cugemm.records import Row
 
 _ARENA = 1 << 30
 _POOL = 1 << 22
 _HOST_SHAPE = (16, 4096, 4096)
+_ROUTES = 4
+"""Ways of tokens to experts that calls of a mixture rotate over."""
 
 
 # Time on the GPU
 
 
 class Bench:
-    """Measures products on GPU 0. Making one measures the read bandwidth."""
+    """Measures on GPU 0. Making one measures the read bandwidth."""
 
     def __init__(self) -> None:
         self._target, self._info = launch.machine(0)
@@ -51,37 +53,112 @@ class Bench:
 
     def _shape(self, chosen: Sequence[Case], m: int, n: int, k: int) -> list[Row]:
         """All formats and baselines of one shape, in turns."""
-        graphs: dict[str, measure.Graph] = {}
-        notes: dict[str, str] = {}
-
-        def add(name: str, make: Callable[[], measure.Graph]) -> None:
-            try:
-                graphs[name] = make()
-            except Exception as error:  # whatever one product or one peer does, the others are measured
-                notes[name] = f"{name}: {_first_line(error)}"
-
+        made: dict[str, Callable[[], measure.Graph]] = {}
         for case in chosen:
             size = cases.traffic(case, m, n, k)
-            add(case.format, functools.partial(self._ours, case, m, n, k))
-            add(f"stream {size}", functools.partial(self._read, size))
+            made[case.format] = functools.partial(self._ours, case, m, n, k)
+            made[f"stream {size}"] = functools.partial(self._read, size)
         if measure.optional("torch") is not None:
             for name in dict.fromkeys(name for case in chosen for name in case.baselines):
-                add(name, functools.partial(self._torch, name, m, n, k))
-        try:
-            times = measure.interleaved(graphs)
-        except Exception as error:  # an error of the GPU shows only here, and belongs to no one graph
-            times, notes = {}, {case.format: _first_line(error) for case in chosen}
+                made[name] = functools.partial(self._torch, name, m, n, k)
+        times, notes = _in_turns(made)
         return [self.row(case, m, n, k, times, notes) for case in chosen]
 
     def row(self, case: Case, m: int, n: int, k: int, times: Mapping[str, float], notes: Mapping[str, str]) -> Row:
         size = cases.traffic(case, m, n, k)
-        peak = measure.peak_tflops(self._target, self._info, cases.is_fp8(case))
+        peak = measure.peak_tflops(self._target, self._info, cases.operand_bits(case))
         floor = max(size / self.read_gbs / 1e3, cases.flops(m, n, k) / peak / 1e6)
         return _row(
             _product(case, m, n, k), us=_rounded(times.get(case.format)), floor_us=_rounded(floor),
             stream_us=_rounded(times.get(f"stream {size}")),
             baselines={name: _rounded(times[name]) for name in case.baselines if name in times},
-            note="; ".join(notes[name] for name in (case.format, f"stream {size}", *case.baselines) if name in notes),
+            note=_note("", (case.format, f"stream {size}", *case.baselines), notes),
+        )  # fmt: skip
+
+    def quantiser_rows(self, shapes: Iterable[tuple[int, int]], until: float) -> Iterator[list[Row]]:
+        """Rows of each (rows, k), as `rows`: every quantiser beside a copy that moves as many bytes from device to device."""
+        for m, k in shapes:
+            if time.monotonic() > until:
+                return
+            yield self._quantised(m, k)
+            _free()
+
+    def _quantised(self, m: int, k: int) -> list[Row]:
+        made: dict[str, Callable[[], measure.Graph]] = {}
+        for quantiser in cases.QUANTISERS:
+            size = cases.quantiser_traffic(quantiser.format, m, k)
+            made[str(quantiser)] = functools.partial(self._quantiser, quantiser, m, k)
+            made[f"stream {size}"] = functools.partial(self._read, size)
+            made[f"copy {size}"] = functools.partial(self._copy, size)
+        times, notes = _in_turns(made)
+        rows = []
+        for quantiser in cases.QUANTISERS:
+            size = cases.quantiser_traffic(quantiser.format, m, k)
+            names = str(quantiser), f"stream {size}", f"copy {size}"
+            us, stream, copy = (_rounded(times.get(name)) for name in names)
+            product = _named("quantize", quantiser.format, (m, 0, k), 1, functools.partial(cases.record_quantiser, quantiser, m, k, 0))
+            rows.append(
+                _row(
+                    product, us=us, floor_us=_rounded(size / self.read_gbs / 1e3), stream_us=stream,
+                    baselines={} if copy is None else {"copy": copy},
+                    note=_note(quantiser.note, names, notes),
+                )
+            )  # fmt: skip
+        return rows
+
+    def _quantiser(self, quantiser: cases.Quantiser, m: int, k: int) -> measure.Graph:
+        copies = self._copies(2 * m * k)
+        arrays = [self._values((m, k), "bfloat16", i) for i in range(copies)]
+        results: list[Any] = [None] * copies
+
+        def call(i: int) -> None:
+            results[i % copies] = quantiser(arrays[i % copies])  # kept, so that the next result goes to other, cold memory
+
+        return measure.graph(measure.CupyGraph, call, copies)
+
+    def layer_rows(self, layers: Iterable[tuple[Layer, int]], formats: Sequence[str], until: float) -> Iterator[list[Row]]:
+        """Rows of each (mixture of experts, tokens), as `rows`; x and the inner values are quantised inside the time."""
+        chosen = [cases.case(name) for name in formats]
+        for layer, m in layers:
+            if time.monotonic() > until:
+                return
+            yield self._mixture(layer, m, chosen)
+            _free()
+
+    def _mixture(self, layer: Layer, m: int, chosen: Sequence[Case]) -> list[Row]:
+        routes = [cases.route(layer, m, seed) for seed in range(_ROUTES)]
+        touched = round(sum(len(np.unique(indices)) for indices, _ in routes) / _ROUTES)
+        made: dict[str, Callable[[], measure.Graph]] = {}
+        for case in chosen:
+            size = cases.layer_traffic(case, layer, m, touched)
+            made[case.format] = functools.partial(self._layer, layer, case, m, routes)
+            made[f"stream {size}"] = functools.partial(self._read, size)
+        times, notes = _in_turns(made)
+        rows = []
+        for case in chosen:
+            size = cases.layer_traffic(case, layer, m, touched)
+            peak = measure.peak_tflops(self._target, self._info, cases.operand_bits(case))
+            floor = max(size / self.read_gbs / 1e3, cases.layer_flops(layer, m) / peak / 1e6)
+            product = _named(
+                "moe", case.format, (m, layer.inner, layer.hidden), layer.experts, functools.partial(cases.record_layer, layer, case, m, 0)
+            )  # fmt: skip
+            names = case.format, f"stream {size}"
+            what = f"{layer.name}, {layer.topk} of {layer.experts} experts, {touched} in use"
+            rows.append(
+                _row(
+                    product, us=_rounded(times.get(case.format)), floor_us=_rounded(floor), stream_us=_rounded(times.get(names[1])),
+                    baselines={}, note=_note(what, names, notes),
+                )
+            )  # fmt: skip
+        return rows
+
+    def _layer(self, layer: Layer, case: Case, m: int, routes: Sequence[tuple[Any, Any]]) -> measure.Graph:
+        x = self._values((m, layer.hidden), case.dtype, 0)
+        w13 = case.weight(self._values((layer.experts, 2 * layer.inner, layer.hidden), case.dtype, 1))
+        w2 = case.weight(self._values((layer.experts, layer.hidden, layer.inner), case.dtype, 2))
+        placed = [(measure.to_device(indices), measure.to_device(weights)) for indices, weights in routes]
+        return measure.graph(
+            measure.CupyGraph, lambda i: cases.mixture(case, x, w13, w2, *placed[i % len(placed)]), len(placed)
         )  # fmt: skip
 
     def _copies(self, weight_bytes: int) -> int:
@@ -97,11 +174,14 @@ class Bench:
     def _read(self, size: int) -> measure.Graph:
         return measure.graph(measure.CupyGraph, self._stream.call(size), self._stream.copies(size))
 
+    def _copy(self, size: int) -> measure.Graph:
+        return measure.graph(measure.CupyGraph, self._stream.copy(size), self._stream.copies(size))
+
     def _torch(self, name: str, m: int, n: int, k: int) -> measure.Graph:
         copies = self._copies(n * k * (1 if "fp8" in name else 2))
         return measure.graph(measure.TorchGraph, measure.torch_baseline(name, m, n, k, copies), copies)
 
-    def _values(self, shape: tuple[int, int], dtype: str, seed: int) -> Any:
+    def _values(self, shape: tuple[int, ...], dtype: str, seed: int) -> Any:
         """Normal random values: one pool of them, begun at another place for each seed and repeated."""
         import cupy  # noqa: PLC0415
 
@@ -121,12 +201,37 @@ def pieces(size: int, start: int, period: int) -> Iterator[tuple[int, int, int]]
         at, start = at + length, 0
 
 
-def _product(case: Case, m: int, n: int, k: int) -> Row:
+def _in_turns(made: Mapping[str, Callable[[], measure.Graph]]) -> tuple[Mapping[str, float], dict[str, str]]:
+    """(microseconds, notes) by name: whatever one of them does, the others are measured, and its note says what it was."""
+    graphs: dict[str, measure.Graph] = {}
+    notes: dict[str, str] = {}
+    for name, make in made.items():
+        try:
+            graphs[name] = make()
+        except Exception as error:
+            notes[name] = f"{name}: {_first_line(error)}"
     try:
-        kernel = ": ".join(cases.kernel(case, m, n, k, 0))
+        return measure.interleaved(graphs), notes
+    except Exception as error:  # an error of the GPU shows only here, and belongs to no one graph
+        return {}, dict.fromkeys(made, _first_line(error))
+
+
+def _note(own: str, names: Iterable[str], notes: Mapping[str, str]) -> str:
+    return "; ".join(dict.fromkeys(filter(None, (own, *(notes.get(name) for name in names)))))
+
+
+def _product(case: Case, m: int, n: int, k: int) -> Row:
+    return _named(case.op, case.format, (m, n, k), 1, functools.partial(cases.record, case, m, n, k, 0))
+
+
+def _named(op: str, name: str, shape: tuple[int, int, int], groups: int, record: Callable[[], list[launch.Recorded]]) -> Row:
+    """The part of a row that says what was measured; the kernel is that of the last recorded call."""
+    try:
+        kernel = ": ".join(cases.chosen(record()[-1]))
     except NoKernelError:
         kernel = "none"
-    return {"op": case.op, "format": case.format, "m": m, "n": n, "k": k, "groups": 1, "kernel": kernel}
+    m, n, k = shape
+    return {"op": op, "format": name, "m": m, "n": n, "k": k, "groups": groups, "kernel": kernel}
 
 
 def _row(product: Row, note: str = "", **measured: Any) -> Row:
@@ -190,10 +295,10 @@ def _operands() -> tuple[Any, Any, Any, Any]:
 def _cupy_calls() -> dict[str, Callable[[], object]]:
     a, w, sa, sb = map(measure.to_device, _operands())
     b = w.T
-    out = dense.mm_fp8(a, b, a_scale=sa, b_scale=sb)
+    out = fp8.mm_fp8(a, b, a_scale=sa, b_scale=sb)
     return {
-        "CuPy": lambda: dense.mm_fp8(a, b, a_scale=sa, b_scale=sb),
-        "CuPy, out=": lambda: dense.mm_fp8(a, b, a_scale=sa, b_scale=sb, out=out),
+        "CuPy": lambda: fp8.mm_fp8(a, b, a_scale=sa, b_scale=sb),
+        "CuPy, out=": lambda: fp8.mm_fp8(a, b, a_scale=sa, b_scale=sb, out=out),
     }
 
 
@@ -201,11 +306,11 @@ def _torch_calls() -> dict[str, Callable[[], object]]:
     torch = _needed("torch")
     a, w = (torch.from_numpy(x.view(np.uint8)).cuda().view(torch.float8_e4m3fn) for x in _operands()[:2])
     b, sa, sb = w.t(), torch.full((1,), 0.5, device="cuda"), torch.full((1,), 0.5, device="cuda")
-    out = dense.mm_fp8(a, b, a_scale=sa, b_scale=sb)
+    out = fp8.mm_fp8(a, b, a_scale=sa, b_scale=sb)
     scaled_mm, options = torch._scaled_mm, {"scale_a": sa, "scale_b": sb, "out_dtype": torch.bfloat16, "use_fast_accum": True}
     return {
-        "PyTorch": lambda: dense.mm_fp8(a, b, a_scale=sa, b_scale=sb),
-        "PyTorch, out=": lambda: dense.mm_fp8(a, b, a_scale=sa, b_scale=sb, out=out),
+        "PyTorch": lambda: fp8.mm_fp8(a, b, a_scale=sa, b_scale=sb),
+        "PyTorch, out=": lambda: fp8.mm_fp8(a, b, a_scale=sa, b_scale=sb, out=out),
         "torch.fp8_tensor": lambda: scaled_mm(a, b, **options),
         "torch.fp8_tensor, out=": lambda: scaled_mm(a, b, **options, out=out),
     }
@@ -215,7 +320,7 @@ def _jax_calls() -> dict[str, Callable[[], object]]:
     jax = _needed("jax")
     a, w, sa, sb = map(jax.device_put, _operands())
     b = w.T.block_until_ready()
-    return {"JAX, eager": lambda: dense.mm_fp8(a, b, a_scale=sa, b_scale=sb)}
+    return {"JAX, eager": lambda: fp8.mm_fp8(a, b, a_scale=sa, b_scale=sb)}
 
 
 def _needed(name: str) -> Any:
@@ -250,6 +355,6 @@ def time_first_call() -> float:
     a, w, sa, sb = map(measure.to_device, _operands())
     cupy.cuda.Device().synchronize()
     started = time.perf_counter()
-    dense.mm_fp8(a, w.T, a_scale=sa, b_scale=sb)
+    fp8.mm_fp8(a, w.T, a_scale=sa, b_scale=sb)
     cupy.cuda.Device().synchronize()
     return (time.perf_counter() - started) * 1e6

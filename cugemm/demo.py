@@ -1,7 +1,7 @@
 """The main job, end to end: take the linear layers of a model, quantise them, run them, and compare every format with float64.
 
 On a GPU the layers of a group run one after the other in a CUDA graph (a group that fits L2 stays there); without one, the NumPy
-reference computes the same numbers and its times say nothing about a GPU.
+reference computes the same numbers, of large weights for their first rows only, and its times say nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cugemm.compile import INSTALL
 
 Array = np.ndarray[Any, Any]
 
-FORMATS = ("bf16", "fp8_tensor", "fp8_row", "fp8_block", "w8a16_fp8")
+FORMATS = tuple(name for name in cases.CASES if name != "fp16")
 SYNTHETIC = {
     "llama-1b": (
         ("attention qkv", 3072, 2048, 16),
@@ -38,7 +38,8 @@ SYNTHETIC = {
 }
 """Shapes of Llama 3.2 1B and 3.1 8B as (name, n, k, layers); the weights are random."""
 
-_MOST_VALUES_HOST, _MOST_VALUES_GPU = 12 << 20, 256 << 20  # of one group: what a CPU quantises in seconds, what a GPU surely holds
+_MOST_VALUES_HOST, _MOST_VALUES_GPU = 4 << 20, 256 << 20  # of one group: what a CPU quantises in seconds, what a GPU surely holds
+_MOST_OF_ONE = 1 << 20  # values of one weight on a CPU
 _BLOCK = 4096  # rows of a weight that are float64 at a time
 
 
@@ -59,18 +60,24 @@ class Source(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One row of the table: a group of layers in one format. `us` is per layer, `nbytes` of all `layers`; errors as in `errors`."""
+    """One row of the table: a group of layers in one format. Times are per layer, `nbytes` of all `layers`; errors as in `errors`.
+
+    measured: layers that ran; rows: how many of the n rows of each. us: the product of operands that are quantised, None on the host;
+    layer_us: with the quantiser of x.
+    """
 
     group: str
     layers: int
     measured: int
+    rows: int
     n: int
     k: int
     format: str
     nbytes: int
     error: float
     worst: float
-    us: float
+    us: float | None
+    layer_us: float
     rate: str
     kernel: str
     config: str
@@ -114,7 +121,7 @@ def run(source: Source, formats: tuple[str, ...] = FORMATS, m: int = 16, on_gpu:
     chosen = [cases.case(name) for name in formats]
     with _progress(len(source.groups) * len(chosen)) as advance:
         for group in source.groups:
-            weights = [load() for load in group.weights[: measured(group, on_gpu)]]
+            weights = [load()[: rows(group, on_gpu)] for load in group.weights[: measured(group, on_gpu)]]
             right: dict[str, tuple[Array, list[Array]]] = {}
             for case in chosen:
                 if case.dtype not in right:
@@ -124,25 +131,36 @@ def run(source: Source, formats: tuple[str, ...] = FORMATS, m: int = 16, on_gpu:
                 advance()
 
 
+def rows(group: Group, on_gpu: bool) -> int:
+    """How many rows of a weight, output features, are run: on a CPU what it takes easily, at least one."""
+    return group.n if on_gpu else max(1, min(group.n, _MOST_OF_ONE // group.k))
+
+
 def measured(group: Group, on_gpu: bool) -> int:
     """How many layers of a group are run: all that the machine takes easily, at least one."""
     most = _MOST_VALUES_GPU if on_gpu else _MOST_VALUES_HOST
-    return max(1, min(len(group.weights), most // (group.n * group.k)))
+    return max(1, min(len(group.weights), most // (rows(group, on_gpu) * group.k)))
 
 
 def _line(group: Group, weights: list[Array], case: Case, x: Array, right: list[Array], on_gpu: bool) -> Line:
     place: Callable[[Array], Any] = measure.to_device if on_gpu else np.ascontiguousarray
-    a = case.activation(place(x))
+    wide = place(x)
     prepared = [case.weight(place(w if case.weights else w.astype(x.dtype))) for w in weights]
-    results = [measure.to_host(case.product(a, b)) for b in prepared]
+    results, best = [], float("inf")
+    for b in prepared:
+        started = time.perf_counter()
+        results.append(measure.to_host(case.layer(wide, b)))
+        best = min(best, time.perf_counter() - started)  # a CPU that others use has no median worth having
     error, worst = errors(results, right)
 
-    us = _gpu_us(case, a, prepared) if on_gpu else _host_us(case, a, prepared)
+    us, layer_us = _gpu_us(case, wide, prepared) if on_gpu else (None, best * 1e6)
     m, n, k, layers = len(x), group.n, group.k, len(group.weights)
-    nbytes = cases.stored_bytes(prepared[0]) * layers
-    rate = rate_text(case, m, n, k, us, on_gpu)
+    nbytes = cases.stored(case.weights, n, k) * layers
+    rate = rate_text(case, m, len(weights[0]), k, layer_us if us is None else us, on_gpu)
     kernel, config = cases.kernel(case, m, n, k, 0 if on_gpu else HOST)
-    return Line(group.label, layers, len(weights), n, k, case.format, nbytes, error, worst, us, rate, kernel, config)
+    return Line(
+        group.label, layers, len(weights), len(weights[0]), n, k, case.format, nbytes, error, worst, us, layer_us, rate, kernel, config
+    )  # fmt: skip
 
 
 def exact(x: Array, w: Array) -> Array:
@@ -163,20 +181,15 @@ def errors(results: list[Array], wanted: list[Array]) -> tuple[float, float]:
     return float(np.sqrt(squares / total)), largest / float(np.sqrt(total / size))
 
 
-def _gpu_us(case: Case, a: Any, weights: list[Any]) -> float:
+def _gpu_us(case: Case, x: Any, weights: list[Any]) -> tuple[float, float]:
+    """Microseconds of the product alone, and of the layer with the quantiser of x, in turns."""
+    a = case.activation(x)
     out = case.product(a, weights[0])  # written again and again, never read
-    replay = measure.graph(measure.CupyGraph, lambda i: case.product(a, weights[i % len(weights)], out), len(weights))
-    return measure.interleaved({"": replay})[""]
-
-
-def _host_us(case: Case, a: Any, weights: list[Any]) -> float:
-    """Best of a few layers: a CPU that others use has no median worth having."""
-    best = float("inf")
-    for b in weights[:3]:
-        started = time.perf_counter()
-        case.product(a, b)
-        best = min(best, time.perf_counter() - started)
-    return best * 1e6
+    calls: dict[str, measure.Call] = {"product": lambda i: case.product(a, weights[i % len(weights)], out)}
+    if case.activations is not None:
+        calls["layer"] = lambda i: case.layer(x, weights[i % len(weights)], out)
+    times = measure.interleaved({name: measure.graph(measure.CupyGraph, call, len(weights)) for name, call in calls.items()})
+    return times["product"], times.get("layer", times["product"])
 
 
 def rate_text(case: Case, m: int, n: int, k: int, us: float, on_gpu: bool) -> str:
@@ -185,24 +198,28 @@ def rate_text(case: Case, m: int, n: int, k: int, us: float, on_gpu: bool) -> st
     if not on_gpu:
         return f"{done / us / 1e3:.1f} GFLOP/s"
     target, device = launch.machine(0)
-    memory_bound = moved / device.read_gbs / 1e9 > done / measure.peak_tflops(target, device, cases.is_fp8(case)) / 1e12
+    memory_bound = moved / device.read_gbs / 1e9 > done / measure.peak_tflops(target, device, cases.operand_bits(case)) / 1e12
     return f"{moved / us / 1e3:.0f} GB/s" if memory_bound else f"{done / us / 1e6:.0f} TFLOP/s"
 
 
-HEADER = ("layers", "count", "n x k", "format", "MB", "rel. error", "max error", "us", "rate", "kernel")
+HEADER = ("layers", "count", "n x k", "format", "MB", "rel. error", "max error", "us", "us with x", "rate", "kernel")
 
 LEGEND = (
-    "us, rate: one product of one layer, activations quantised before. Errors are against float64 products of the unquantised values: "
-    "norm of the errors / norm of the results, and largest error / root mean square of the results."
+    "us: one product of one layer, activations quantised before, and its rate; us with x: linear(x, w, activations=...), which quantises "
+    "x too (on the host the rate is of this). "
+    "Errors are of that call, against float64 products of the unquantised values: norm of the errors / norm of the results, and largest "
+    "error / root mean square of the results."
 )
 
 
 def cells(line: Line) -> tuple[str, ...]:
     """A line as text, in the columns of HEADER."""
     count = f"{line.layers}" if line.measured == line.layers else f"{line.measured} of {line.layers}"
+    count += "" if line.rows == line.n else f", {line.rows} rows"
     return (
         line.group, count, f"{line.n} x {line.k}", line.format, f"{line.nbytes / 1e6:.1f}", f"{line.error:.1e}", f"{line.worst:.1e}",
-        f"{line.us:.1f}", line.rate, line.kernel if line.kernel == "reference" else f"{line.kernel}: {line.config}",
+        "-" if line.us is None else f"{line.us:.1f}", f"{line.layer_us:.1f}", line.rate,
+        line.kernel if line.kernel == "reference" else f"{line.kernel}: {line.config}",
     )  # fmt: skip
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import itertools
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import cugemm
-from cugemm import arch, compile, driver, select
+from cugemm import arch, compile, driver, launch, select
+from cugemm.api.dense import matmul
+from cugemm.api.quantize import quantize
+from cugemm.arrays import HOST, Spec
 from cugemm.errors import NoKernelError
-from cugemm.formats import ELEMENTS, FP32
+from cugemm.formats import BF16, FORMATS, FP16, FP32
 from cugemm.problem import Problem
 
 _T = TypeVar("_T")
@@ -145,21 +150,81 @@ def unwritable(directory: Path) -> str | None:
         return error.strerror or str(error)
 
 
-def support(target: arch.Arch) -> list[tuple[str, ...]]:
-    """The support table: a row per element of a, in its columns the kernel that multiplies it by each element of b, or the refusal."""
-    elements = [name for name in ELEMENTS if name != FP32.name]
-    return [("a, b ->", *elements), *((a, *(_answer(a, b, target) for b in elements)) for a in elements)]
+class Support(NamedTuple):
+    """The table of products: a row per kind of a, in its columns the kernel for each kind of b, "-" where `notes` say why there is none."""
+
+    rows: list[tuple[str, ...]]
+    notes: list[str]
 
 
-def _answer(a: str, b: str, target: arch.Arch) -> str:
+def support(target: arch.Arch) -> Support:
+    """What multiplies what, by asking `matmul` for every pair of formats: the kernel that answers, or the refusal."""
     reason = arch.refuse(target)
-    if reason is not None:
-        return reason
-    problem = Problem(16, 4096, 4096, 1, False, a, b, "k", "k", True, False, "bfloat16", "fast", "auto", target.name)
+    names = list(_kinds())
+    notes: dict[str, list[tuple[str, str]]] = {}
+    rows = [("a, b ->", *names)]
+    for a in names:
+        cells = []
+        for b in names:
+            answers = {reason: False} if reason else dict(_answer(asked, target) for asked in _asked(a, b))
+            cells.append(" or ".join(sorted({answer if runs else "-" for answer, runs in answers.items()})))
+            for refusal in [answer for answer, runs in answers.items() if not runs]:
+                notes.setdefault(refusal, []).append((a, b))
+        rows.append((a, *cells))
+    return Support(rows, [f"{_pairs(pairs, names)}: {refusal}" for refusal, pairs in notes.items()])
+
+
+def _kinds() -> dict[str, list[str]]:
+    """What a product tells apart: formats by element and kind of scale, and 16-bit floats. Name -> dtypes or formats."""
+    found = {element.name: [element.dtype] for element in (BF16, FP16)}
+    for fmt in FORMATS.values():
+        byte_scales = fmt.scale is not FP32
+        name = (
+            next(f.name for f in FORMATS.values() if (f.element, f.scale) == (fmt.element, fmt.scale)) if byte_scales else fmt.element.name
+        )
+        found.setdefault(name.removesuffix("x2"), []).append(fmt.name)
+    return found
+
+
+@functools.cache
+def _asked(a: str, b: str) -> tuple[Problem | str, ...]:
+    """The problems that products of two kinds come down to, whatever blocks their scales cover; a text where the API refuses."""
+    found: dict[Problem | str, None] = {}
+    for x, w in itertools.product(_kinds()[a], _kinds()[b]):
+        try:
+            with launch.recording() as calls:
+                matmul(_operand(x, 16), _operand(w, 4096).T)
+            found[calls[-1].call.problem] = None
+        except (ValueError, TypeError) as error:
+            found[str(error).rpartition("; ")[2]] = None  # what to do about it; before it stands which array is meant
+    return tuple(found)
+
+
+@functools.cache
+def _operand(name: str, rows: int) -> Any:
+    """A stand-in for [rows, k] values of a dtype or format."""
+    x = Spec((rows, 4096), name if name not in FORMATS else BF16.dtype, device=HOST)
+    with launch.recording():
+        return quantize(x, name) if name in FORMATS else x
+
+
+def _answer(asked: Problem | str, target: arch.Arch) -> tuple[str, bool]:
+    """(kernel or refusal, whether it runs)."""
+    if isinstance(asked, str):
+        return asked, False
     try:
-        return select.choose(problem, arch.H100._replace(smem_per_sm=target.smem_per_sm)).best.kernel.name
+        choice = select.choose(asked._replace(arch=target.name), arch.H100._replace(smem_per_sm=target.smem_per_sm))
     except NoKernelError as error:
-        return str(error)
+        return str(error), False
+    return choice.best.kernel.name, True
+
+
+def _pairs(pairs: list[tuple[str, str]], names: list[str]) -> str:
+    """Pairs in words, whole rows put together."""
+    whole = [a for a in names if all((a, b) in pairs for b in names)]
+    if whole == names:
+        return "all"
+    return ", ".join([*(f"{a} as a" for a in whole), *(f"{a} x {b}" for a, b in pairs if a not in whole)])
 
 
 def _gpus() -> Iterator[tuple[str, str]]:

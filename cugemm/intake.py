@@ -66,7 +66,8 @@ def take(op: Op, arrays: tuple[Any, ...]) -> Intake:
         views.append(view)
     if first is None:
         raise TypeError(f"{op.name}: {op.roles[0]} is missing; pass an array.")
-    check_aliasing(op.name, op.roles, tuple(views))
+    if not abstract:  # stand-ins have no address
+        check_aliasing(op.name, op.roles, tuple(views))
     return Intake(first[1], tuple(views), first[2], bool(abstract), capsules)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cugemm.api.dense import linear
+from cugemm.api.dense import check_activations, linear
 from cugemm.api.quantize import quantize
 from cugemm.quantized import Quantized
 
@@ -13,16 +13,18 @@ class QuantizedLinear:
     """y[.., n] = sum over k of x[.., k] * weight[n, k] + bias[n], with the weight stored as a `Quantized`.
 
     weight: [out_features, in_features] bfloat16, float16 or float32, which is quantised to `format` here and not kept, or a Quantized of
-    any format `cugemm.linear` multiplies. bias: [out_features] or None. activations: format that x is quantised to in every call, None to
+    any format. bias: [out_features] or None. activations: format that x is quantised to in every call, any without zero points, None to
     multiply it as it is. Weight and x live in one framework and on one device.
 
     Errors and numerics: as `cugemm.quantize` and `cugemm.linear`. Holds no other state; one layer serves any number of threads.
 
-    >>> layer = cugemm.QuantizedLinear(weight, bias, format="fp8_row", activations="fp8_row")
+    >>> layer = cugemm.QuantizedLinear(weight, bias, format="nvfp4", activations="fp8_row")
     >>> y = layer(x)
     """
 
     def __init__(self, weight: Any, bias: Any = None, *, format: str = "fp8_row", activations: str | None = None) -> None:
+        if activations is not None:
+            check_activations("QuantizedLinear", activations)
         self.weight = weight if type(weight) is Quantized else quantize(weight, format)
         if self.weight.ndim != 2 or self.weight.k_axis != 1:
             raise ValueError(f"QuantizedLinear: weight is {self.weight!r}; wanted [out_features, in_features] with k along axis 1.")

@@ -59,7 +59,7 @@ class Graph(Protocol):
 
 
 class CupyGraph:
-    """Calls on CuPy arrays, on a stream of its own."""
+    """Calls on CuPy arrays, on a stream of its own. Arrays that they make come from a pool of its own: replays write to them again."""
 
     def __init__(self, call: Call, calls: int) -> None:
         import cupy  # noqa: PLC0415
@@ -70,7 +70,8 @@ class CupyGraph:
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._start, self._end = cupy.cuda.Event(), cupy.cuda.Event()
         self._elapsed = cupy.cuda.get_elapsed_time
-        with self._stream:
+        self._pool = cupy.cuda.MemoryPool()
+        with cupy.cuda.using_allocator(self._pool.malloc), self._stream:
             call(0)  # compiles and loads, which a capture forbids
             self._stream.synchronize()
             self._stream.begin_capture()
@@ -173,21 +174,39 @@ class Stream:
         self._arena = cupy.zeros(arena_bytes // 16 * 4, np.uint32)
         self._function = compile.load("stream", target, {}, "stream", device)
         self._current = cupy.cuda.get_current_stream
+        self._copy = cupy.cuda.runtime.memcpyAsync, cupy.cuda.runtime.memcpyDeviceToDevice
 
     def call(self, size: int) -> Call:
-        """Call i reads `size` bytes, at a place that no recent call has read."""
-        if not 16 <= size <= self._arena.nbytes:
-            raise ValueError(f"the read kernel takes 16 to {self._arena.nbytes} bytes, not {size}")
-        places = self._arena.nbytes // size
-        start = int(self._arena.data.ptr)
+        """Call i reads `size` bytes, at a place that no recent call has read; more than the arena in several launches."""
+        arena, start = int(self._arena.nbytes), int(self._arena.data.ptr)
+        whole, rest = divmod(size // 16 * 16, arena)
+        if not whole and not rest:
+            raise ValueError(f"the read kernel takes 16 bytes or more, not {size}")
 
         def read(i: int) -> None:
-            self._launch(start + i % places * (size // 16 * 16), size // 16)
+            for _ in range(whole):
+                self._launch(start, arena // 16)
+            if rest:
+                self._launch(start + i % (arena // rest) * rest, rest // 16)
 
         return read
 
+    def copy(self, size: int) -> Call:
+        """Call i copies inside the arena, so that `size` bytes move: half of them are read, half written, at places as those of `call`."""
+        each, half = size // 2, int(self._arena.nbytes) // 2
+        if not 0 < each <= half:
+            raise ValueError(f"a copy moves 2 to {2 * half} bytes, not {size}")
+        start = int(self._arena.data.ptr)
+        memcpy, kind = self._copy
+
+        def copy(i: int) -> None:
+            source = start + i % (half // each) * each
+            memcpy(source + half, source, each, kind, int(self._current(self._device).ptr))
+
+        return copy
+
     def copies(self, size: int) -> int:
-        return min(int(self._arena.nbytes) // size, copies_for(size, self._info.l2_bytes))
+        return max(1, min(int(self._arena.nbytes) // size, copies_for(size, self._info.l2_bytes)))
 
     def read_gbs(self) -> float:
         """Measured read bandwidth: the whole arena at once."""
@@ -203,10 +222,15 @@ class Stream:
         driver.launch(ctypes.addressof(config), self._function.function, ctypes.addressof(params), self._device)
 
 
-def peak_tflops(target: arch.Arch, device: arch.Device, fp8: bool) -> float:
-    """TFLOP/s that the best libraries sustain: 3/4 of the tensor cores' rate at full clock (on an H100 800 of 1071, fp8 1600 of 2141)."""
-    doubled = fp8 and bool(target.features & {"wgmma", "tcgen05", "fp8_mma"})
-    return 0.75 * target.mma16_flops * (2 if doubled else 1) * device.sm_count * device.clock_khz * 1e3 / 1e12
+def peak_tflops(target: arch.Arch, device: arch.Device, bits: int) -> float:
+    """TFLOP/s that the best libraries sustain: 3/4 of the tensor cores' rate at full clock (on an H100 800 of 1071, fp8 1600 of 2141).
+
+    bits: of the wider operand; 8 doubles the rate where there are fp8 tensor cores, 4 again where there are fp4 ones.
+    """
+    times = 1
+    if bits <= 8 and target.features & {"wgmma", "tcgen05", "fp8_mma"}:
+        times = 4 if bits <= 4 and target.features & {"tcgen05", "mma_block_scale"} else 2
+    return 0.75 * times * target.mma16_flops * device.sm_count * device.clock_khz * 1e3 / 1e12
 
 
 def torch_baseline(name: str, m: int, n: int, k: int, copies: int) -> Call:

@@ -66,7 +66,7 @@ class Clear(NamedTuple):
     def __call__(self, arrays: Sequence[Any], pointers: Sequence[int], stream: int) -> None:
         zero = self.zero
         with driver.on_device(self.device):
-            driver.memset_2d(pointers[self.pointer], zero.pitch, zero.width, zero.height, stream)
+            driver.memset_2d(pointers[self.pointer] + zero.offset, zero.pitch, zero.width, zero.height, stream)
 
 
 def pack(

@@ -9,8 +9,9 @@ from cugemm import launch
 from cugemm.arrays import HOST, Spec, framework_of, is_scalar
 from cugemm.catalog import Step
 from cugemm.launch import Recorded
-from cugemm.problem import GemmCall, bucket
+from cugemm.problem import A_SCALE, A_TENSOR, B_SCALE, B_TENSOR, ZERO, B, GemmCall, bucket
 from cugemm.quantized import Quantized
+from cugemm.scales import Scale
 
 
 def _record(name: str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Recorded]:
@@ -35,21 +36,38 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     for recorded in _record("explain", fn, args, kwargs):
         lines.append(f"cugemm.{recorded.op.name}")
         if isinstance(recorded.call, GemmCall):
-            lines += _layouts(recorded)
+            lines += layouts(recorded)
         lines.append("  in host memory: NumPy reference" if recorded.choice is None else str(recorded.choice))
     return "\n".join(lines)
 
 
-def _layouts(recorded: Recorded) -> list[str]:
-    call = recorded.call
-    lines = [
-        f"  m = {call.m}, n = {call.n}, k = {call.k}, batch = {call.batch}" + (f", grouped by {call.segments}" if call.segments else "")
-    ]
-    for role, scale in zip(recorded.op.roles[2:4], (call.a_scale, call.b_scale), strict=True):
+def layouts(recorded: Recorded) -> list[str]:
+    """The product as it was read: sizes, and how every scale covers its operand and lies in memory."""
+    call, roles = recorded.call, recorded.op.roles
+    grouped = f", grouped by {call.segments}" if call.segments else ""
+    lines = [f"  m = {call.m}, n = {call.n}, k = {call.k}, batch = {call.batch}{grouped}"]
+    if call.b_panel:
+        lines.append(f"  {roles[B]}: panels of 128 k, each n x 128")
+    for position, scale in ((A_SCALE, call.a_scale), (B_SCALE, call.b_scale), (A_TENSOR, call.a_tensor), (B_TENSOR, call.b_tensor)):
         if scale is not None:
-            rows, k = ("all" if n == 0 else n for n in scale.block)
-            lines.append(f"  {role}: {scale.dtype}, one for each {rows} x {k} values (rows x k), linear")
+            lines.append(f"  {roles[position]}: {_scale(scale)}")
+    if call.zero is not None:
+        lines.append(f"  {roles[ZERO]}: {call.zero.dtype}, one for each scale")
     return lines
+
+
+def _scale(scale: Scale) -> str:
+    rows, k = ("all" if n == 0 else n for n in scale.block)
+    kind = f"{scale.element} codes" if scale.element else scale.dtype
+    tiled = scale.layout != "linear"
+    where = f"in {scale.layout} tiles" if tiled else "linear"
+    if scale.rows == "flat":
+        where += ", the rows of all matrices together"
+    elif scale.rows:
+        where += f", the rows of each segment from a multiple of {scale.rows.removeprefix('pad')} on"
+    elif tiled and scale.shape[0] > 1:
+        where += ", each matrix by itself"
+    return f"{kind}, one for each {rows} x {k} values (rows x k), {where}"
 
 
 def warmup(fn: Callable[..., Any], *args: Any, m: int | Iterable[int] | None = None, **kwargs: Any) -> None:
@@ -137,7 +155,7 @@ class _Look(NamedTuple):
 def _look(x: Any) -> Any:
     """_Look of an array, tuple of them for a Quantized, type of anything else."""
     if type(x) is Quantized:
-        return (x.format.name, _look(x.data), _look(x.scale))
+        return (x.format.name, x.k_axis, x.scale_layout, *(_look(part) for part in (x.data, x.scale, x.tensor_scale, x.zero)))
     if x is None or is_scalar(x) or not (hasattr(x, "shape") or hasattr(x, "__dlpack__")):
         return type(x)
     framework = framework_of(x, "plan: argument")
@@ -150,7 +168,5 @@ def _fits(wanted: Any, look: Any) -> bool:
     if isinstance(wanted, _Look):
         return wanted.fits(look)
     if isinstance(wanted, tuple):
-        return (
-            isinstance(look, tuple) and len(look) == 3 and wanted[0] == look[0] and _fits(wanted[1], look[1]) and _fits(wanted[2], look[2])
-        )
+        return isinstance(look, tuple) and len(look) == len(wanted) and all(map(_fits, wanted, look))
     return bool(wanted == look)

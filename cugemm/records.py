@@ -7,11 +7,12 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cugemm import cases, compile, driver, info, launch
+from cugemm.formats import FORMATS
 
 Row = dict[str, Any]
 Document = dict[str, Any]
@@ -114,7 +115,7 @@ def load(path: Path) -> Document:
 
 
 def table(documents: Iterable[Document]) -> str:
-    """Markdown of recorded documents: per document a line on the machine, a table for each format, one for host times."""
+    """Markdown of recorded documents: per document a line on the machine, a table for each format, for quantisers, mixtures, host times."""
     return "\n\n".join("\n\n".join(_tables(document)) for document in documents)
 
 
@@ -122,9 +123,13 @@ def _tables(document: Document) -> Iterator[str]:
     parts = [document["gpu"], f"driver {document['driver']}", f"CUDA {document['cuda']}", f"read bandwidth {document['read_gbs']:.0f} GB/s"]
     parts += [f"{name} {version}" for name, version in document["versions"].items()]
     yield f"{document['date']}, commit {document['commit'] or 'unknown'}: {', '.join(parts)}."
-    formats = dict.fromkeys(row["format"] for row in document["rows"] if "us" in row)
-    for name in formats:
-        yield _format_table(name, [row for row in document["rows"] if row["format"] == name and "us" in row])
+    gpu = [row for row in document["rows"] if "us" in row]
+    for name in dict.fromkeys(row["format"] for row in gpu if row["op"] not in _OTHERS):
+        yield _format_table(name, [row for row in gpu if row["format"] == name and row["op"] not in _OTHERS])
+    for op, table in _OTHERS.items():
+        rows = [row for row in gpu if row["op"] == op]
+        if rows:
+            yield f"### {op}\n\n{table(rows)}"
     host = [row for row in document["rows"] if "host_us" in row]
     if host:
         yield _host_table(host)
@@ -143,6 +148,40 @@ def _format_table(name: str, rows: Sequence[Row]) -> str:
     if not any(line[-1] for line in lines):
         header, lines = header[:-1], [line[:-1] for line in lines]
     return f"### {name}\n\n{markdown(header, lines)}"
+
+
+def quantiser_table(rows: Sequence[Row]) -> str:
+    """Quantisers beside copies of as many bytes."""
+    header = ("rows x k", "format", "cugemm us", "GB/s", "copy us", "copy GB/s", "of copy", "floor us", "kernel", "note")
+    lines = []
+    for row in rows:
+        size = cases.quantiser_traffic(row["format"], row["m"], row["k"]) if row["format"] in FORMATS else 0
+        copy = row["baselines"].get("copy")
+        share = f"{copy / row['us']:.2f}" if copy and row["us"] else "-"
+        lines.append(
+            (
+                f"{row['m']} x {row['k']}", row["format"], _shown(row["us"]), _speed(size, row["us"]), _shown(copy), _speed(size, copy),
+                share, _shown(row["floor_us"]), row["kernel"], row.get("note", ""),
+            )
+        )  # fmt: skip
+    return markdown(header, lines)
+
+
+def layer_table(rows: Sequence[Row]) -> str:
+    """Mixtures of experts, quantisers included."""
+    header = ("layer", "tokens", "format", "cugemm us", "stream us", "floor us", "last product")
+    lines = [
+        (
+            row.get("note", ""), str(row["m"]), row["format"], _shown(row["us"]), _shown(row["stream_us"]), _shown(row["floor_us"]),
+            row["kernel"],
+        )
+        for row in rows
+    ]  # fmt: skip
+    return markdown(header, lines)
+
+
+_OTHERS: dict[str, Callable[[Sequence[Row]], str]] = {"quantize": quantiser_table, "moe": layer_table}
+"""Operations that are no products, and their tables."""
 
 
 def _host_table(rows: Sequence[Row]) -> str:
@@ -165,6 +204,10 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def _shown(us: float | None) -> str:
     return "-" if us is None else f"{us:.1f}"
+
+
+def _speed(size: int, us: float | None) -> str:
+    return f"{size / us / 1e3:.0f}" if size and us else "-"
 
 
 def _against(row: Row, peer: str) -> str:

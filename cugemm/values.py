@@ -12,8 +12,11 @@ import numpy as np
 
 from cugemm import driver
 from cugemm.arrays import HOST, Array, View, host_array, itemsize, numpy_dtype
+from cugemm.formats import E8M0
+from cugemm.host_product import linear_scale
 from cugemm.intake import Op
-from cugemm.problem import A_SCALE, ALPHA, B_SCALE, EXPERTS, SEGMENTS, Argument, GemmCall
+from cugemm.problem import A_SCALE, A_TENSOR, ALPHA, B_SCALE, B_TENSOR, EXPERTS, ROWS, SEGMENTS, Argument, GemmCall
+from cugemm.scales import Scale
 
 DEBUG = os.environ.get("CUGEMM_DEBUG", "") not in ("", "0")
 """Read once. Every call then synchronises before it is launched and after, and its values are checked."""
@@ -25,16 +28,28 @@ def check(op: Op, call: Any, views: tuple[Argument, ...], device: int, stream: i
         return
     if device != HOST:
         driver.synchronize(stream)
-        for position in (A_SCALE, B_SCALE, ALPHA):
+        scales = ((A_SCALE, call.a_scale), (B_SCALE, call.b_scale), (A_TENSOR, call.a_tensor), (B_TENSOR, call.b_tensor), (ALPHA, None))
+        for position, scale in scales:
             view = views[position]
             if isinstance(view, View) and view.size:
-                wrong = np.count_nonzero(~np.isfinite(_read(view).astype(np.float32)))
-                _refuse(op, position, int(wrong), "not finite")
-    rows, chosen = views[SEGMENTS], views[EXPERTS]
-    if isinstance(rows, View):
-        _segments(op, call, _read(rows).astype(np.int64))
+                _refuse(op, position, _not_finite(view, scale), "not finite")
+    said, chosen, rows = views[SEGMENTS], views[EXPERTS], views[ROWS]
+    if isinstance(said, View):
+        _segments(op, call, _read(said).astype(np.int64))
     if isinstance(chosen, View):
         _indices(op, EXPERTS, _read(chosen), call.experts)
+    if isinstance(rows, View):
+        values = _read(rows)
+        wrong = np.count_nonzero((values < -1) | (values >= call.a_rows))
+        _refuse(op, ROWS, int(wrong), f"outside [-1, {call.a_rows}), the rows of {op.roles[0]}; -1 is none")
+
+
+def _not_finite(view: View, scale: Scale | None) -> int:
+    """How many scales are; what pads the tiles of byte scales is not looked at."""
+    if scale is None or not scale.element:
+        return int(np.count_nonzero(~np.isfinite(_read(view).astype(np.float32))))
+    codes = linear_scale(view, scale, _read)
+    return int(np.count_nonzero(codes == 0xFF if scale.element == E8M0.name else codes & 0x7F == 0x7F))
 
 
 def _segments(op: Op, call: GemmCall, rows: Array) -> None:
@@ -43,14 +58,16 @@ def _segments(op: Op, call: GemmCall, rows: Array) -> None:
     elif call.segments == "lens":
         _refuse(op, SEGMENTS, int(np.count_nonzero(rows < 0)), "negative")
         _refuse(op, SEGMENTS, int(np.count_nonzero(np.cumsum(rows) > call.m)), f"past the last of the {call.m} rows")
+    elif call.segments == "masked":
+        _refuse(op, SEGMENTS, int(np.count_nonzero((rows < 0) | (rows > call.m))), f"outside [0, {call.m}], the rows of each matrix")
     else:
         _refuse(op, SEGMENTS, int(np.count_nonzero((rows < 0) | (rows > call.m))), f"outside [0, {call.m}]")
         _refuse(op, SEGMENTS, int(np.count_nonzero(np.diff(rows) < 0)), "below the one before; an indptr never goes down")
 
 
 def _indices(op: Op, position: int, values: Array, experts: int) -> None:
-    wrong = np.count_nonzero((values < 0) | (values >= experts))
-    _refuse(op, position, int(wrong), f"outside [0, {experts}), the matrices of {op.roles[1]}")
+    wrong = np.count_nonzero((values < -1) | (values >= experts))
+    _refuse(op, position, int(wrong), f"outside [-1, {experts}), the matrices of {op.roles[1]}; -1 is none")
 
 
 def _refuse(op: Op, position: int, wrong: int, how: str) -> None:

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import cugemm
 from cugemm import arch, info, records
-from cugemm.api import dense, grouped, tgv  # noqa: F401 - they register their operations
-from cugemm.formats import ELEMENTS
+from cugemm.formats import ALL, ELEMENTS, FORMATS, FP32
 from cugemm.problem import OPS, GemmOp
 from cugemm.records import Row
 
@@ -23,48 +23,72 @@ SHAPES = (*((m, n, k) for n, k in ((7168, 2048), (28672, 4096)) for m in (1, 8, 
 
 
 def support() -> str:
-    """The kernel for every pair of elements, once per group of architectures that agree, and what each function takes."""
+    """The kernel for every pair of formats, once per group of architectures that agree; the formats; what each function takes."""
     answers: dict[str, list[str]] = {}
     for target in arch.ARCHS.values():
         if not target.is_ptx:
-            answers.setdefault(_pairs(*info.support(target)), []).append(target.name)
-    parts = [f"{', '.join(names)}:\n{answer}" for answer, names in answers.items()]
-    return "\n\n".join([*parts, f"What each function takes (e2m1: one fp4 code a byte, e2m1x2: two):\n\n{_functions()}"])
+            answers.setdefault(_table(info.support(target)), []).append(target.name)
+    parts = [f"The kernel for a x b on {', '.join(names)}:\n\n{answer}" for answer, names in answers.items()]
+    return "\n\n".join([*parts, f"The formats:\n\n{_formats()}", f"What each product takes, by element:\n\n{_functions()}"])
 
 
-def _pairs(header: tuple[str, ...], *rows: tuple[str, ...]) -> str:
-    """A table, or a sentence where one kernel takes all."""
-    kernels = {cell for row in rows for cell in row[1:]}
-    if len(kernels) == 1:
-        return f"`{kernels.pop()}` multiplies every pair of {', '.join(header[1:])}."
-    return f"the kernel for a x b:\n\n{records.markdown(header, rows)}"
+def _table(found: info.Support) -> str:
+    header, *rows = found.rows
+    return "\n\n".join([records.markdown(header, rows), *(f"-: {note}" for note in found.notes)])
+
+
+def _formats() -> str:
+    rows = [
+        (
+            fmt.name, fmt.element.name, _block(fmt.block), "float32" if fmt.scale is FP32 else f"{fmt.scale.name} byte",
+            "-" if fmt.tensor is None else f"float32 for {_block(fmt.tensor)}", "uint8" if fmt.zero else "-",
+        )
+        for fmt in FORMATS.values()
+    ]  # fmt: skip
+    return records.markdown(("format", "element", "values per scale (rows x k)", "scale", "second scale", "zero point"), rows)
+
+
+def _block(block: tuple[int, int]) -> str:
+    return " x ".join("all" if n == ALL else str(n) for n in block)
 
 
 def _functions() -> str:
-    rows = [
-        (f"`{op.name}`", _dtypes(op.a_elements), _dtypes(op.b_elements), " or ".join(f"{rank}-D" for rank in op.ranks))
-        for op in sorted(OPS.values(), key=lambda op: op.name)
-        if isinstance(op, GemmOp) and not op.name.startswith("SegmentGEMMWrapper")
-    ]
-    op = OPS["SegmentGEMMWrapper.run"]
-    rows.append(("`SegmentGEMMWrapper`", _dtypes(op.a_elements), _dtypes(op.b_elements), "2-D, weights 3-D"))
-    return records.markdown(("function", "a", "b", "axes"), rows)
+    """Public products. An operation may be registered several times, `name(how)` or `Class.method`, for several ways to call it."""
+    found: dict[str, list[GemmOp]] = {}
+    for op in OPS.values():
+        name = re.split(r"[.(]", op.name)[0]
+        if isinstance(op, GemmOp) and name in cugemm.__all__:
+            found.setdefault(name, []).append(op)
+    rows = []
+    for name, ops in sorted(found.items(), key=lambda item: item[0].lower()):
+        own = [op for op in ops if op.name == name] or ops  # of a call in steps, the one that gives the result
+        a, b = (_elements({e for op in own for e in elements(op)}) for elements in (lambda op: op.a_elements, lambda op: op.b_elements))
+        rows.append((f"`{name}`", a, b))
+    return records.markdown(("function", "a", "b"), rows)
 
 
-def _dtypes(elements: tuple[str, ...]) -> str:
-    return " ".join(name for name in ELEMENTS if name in elements)
+def _elements(names: set[str]) -> str:
+    return " ".join(name for name in ELEMENTS if name in names)
 
 
 def benchmarks() -> str:
-    """Rows of SHAPES from every recorded document, one table per document."""
+    """Rows of SHAPES from every recorded document, one table per document; behind it those of quantisers and of mixtures."""
     documents = [records.load(path) for path in sorted((ROOT / "docs" / "benchmarks").glob("bench_*.json"))]
     parts = []
     for document in documents:
-        rows = [row for row in document["rows"] if row.get("us") and (row["m"], row["n"], row["k"]) in SHAPES]
-        if rows:
+        rows = [row for row in document["rows"] if row.get("us")]
+        products = [row for row in rows if row["op"] not in ("quantize", "moe") and (row["m"], row["n"], row["k"]) in SHAPES]
+        tables = []
+        if products:
             header = ("format", "m", "n x k", "us", "stream us", "floor us", "peers, us")
-            table = records.markdown(header, _times(sorted(rows, key=lambda row: (row["n"], row["k"], row["m"]))))
-            parts.append(f"{document['gpu']}, driver {document['driver']}, {document['date']}, commit {document['commit']}:\n\n{table}")
+            tables.append(records.markdown(header, _times(sorted(products, key=lambda row: (row["n"], row["k"], row["m"])))))
+        for op, table in (("quantize", records.quantiser_table), ("moe", records.layer_table)):
+            own = [row for row in rows if row["op"] == op]
+            if own:
+                tables.append(table(own))
+        if tables:
+            told = f"{document['gpu']}, driver {document['driver']}, {document['date']}, commit {document['commit']}:"
+            parts += [told, *tables]
     return "\n\n".join(parts) or "No recorded run yet."
 
 

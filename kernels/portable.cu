@@ -1,17 +1,19 @@
 // D = epilogue(A @ B): every pair of formats, every layout and alignment, dense, batched or grouped, sm_80 and up.
 //
 // Formats are decoded between global and shared memory; shared memory holds 16-bit tiles; the MMA loop knows no format.
-// 16-bit values are bf16 if either operand is bf16, else fp16, which holds every fp8 and fp4 value exactly. fp16 beside bf16 is split
-// into two bf16 planes whose sum is exact. Products are exact, sums are fp32 on mma.sync.
+// 16-bit values are bf16 if either operand is bf16 or has power-of-two block scales, else fp16, which holds every fp8, nvfp4 and integer
+// value exactly. fp16 beside bf16 is split into two bf16 planes whose sum is exact. Products are exact, sums are fp32 on mma.sync.
 //
+//   scales  bytes (e4m3 of 16 values, e8m0 of 32) go into the values as they are decoded, and zero points leave them; floats that vary
+//           along k multiply the sums of SCALE_BLOCK values; what does not vary along k waits for the epilogue
 //   warps   WARPS_M x WARPS_N cut the tile; WARPS_K cut each k-step, their sums meet in shared memory at the end, on the way out
 //   shared  STAGES x (planes of A [BLOCK_M x BLOCK_K], planes of B [BLOCK_N x BLOCK_K]), stored along the operand's contiguous axis,
 //           16-byte chunks swizzled so that ldmatrix and every store are free of bank conflicts
 //   loads   16-bit operands by cp.async, STAGES - 1 tiles ahead; others through registers (decode, st.shared), two tiles ahead, value by
 //           value one ahead
 //
-// Not handled: wgmma and TMA (see the hopper kernels), packed e2m1 contiguous along m or n, grouped A contiguous along m with VECTOR
-// (its segments start unaligned), block scales that change inside BLOCK_K / WARPS_K.
+// Not handled: wgmma and TMA (see the hopper kernels), packed values contiguous along m or n, grouped A contiguous along m with VECTOR
+// (its segments start unaligned), block bytes beside values contiguous along m or n with VECTOR, blocks of fewer than 32 k with floats.
 // Learned from: the multistage pipeline of CUTLASS's sm_80 mainloop, gau-nernst's learn-cuda (swizzle, register double buffer).
 #include "common/epilogue.cuh"
 #include "common/loaders.cuh"
@@ -19,25 +21,38 @@
 #include "common/ptx.cuh"
 #include "common/schedule.cuh"
 
-// Python packs this struct as "<10Q3f5i16q8i". Strides count stored values (bytes for packed e2m1); null pointers say "not there".
-struct Args {
-    u64 a, b, out, a_scale, b_scale, alpha, bias;  // a scale or alpha that is null is the value below instead
-    u64 indptr, row_map, expert_map;               // grouped: i32 [batch + 1], i32 [m] or null, i32 [batch] or null
-    float a_scale_value, b_scale_value, alpha_value;
-    i32 m, n, k;
-    i32 batch;    // products, or segments when grouped
-    i32 experts;  // grouped: matrices in B
-    i64 a_row, a_k, a_batch;
-    i64 b_column, b_k, b_batch;  // grouped: b_batch, b_scale_batch and bias_batch step from expert to expert
-    i64 out_row, out_column, out_batch;
-    i64 a_scale_row, a_scale_k, a_scale_batch;  // *_scale_k: from one block of 128 k to the next, used when SCALE_MODE is 1
-    i64 b_scale_column, b_scale_k, b_scale_batch;
-    i64 bias_batch;
-    i32 a_scale_rows, b_scale_columns;  // rows of A, columns of B that share a scale (at least 1)
-    i32 a_scale_type, b_scale_type, alpha_type, bias_type, out_type;
-    i32 grouped;
+// How one array of scales (or zero points) covers its operand: "<3q6i".
+struct ScaleArgs {
+    i64 row, block, matrix;  // elements from one row block, one k block (tiled: one tile of rows, one tile) and one matrix to the next
+    i32 shift, rows;         // log2 of the values along k, and rows, that share a scale
+    i32 type, tile_rows;     // element code; 1 row-major, 128 or 8 tiled
+    i32 place, unused;       // whose rows: 0 the operand's own, 1 those of all matrices in a row, 4 or 128 segments begin at multiples
 };
-static_assert(sizeof(Args) == 272, "the host packs this layout");
+
+// Python packs this struct as "<14Q3f7i10q" + 5 ScaleArgs + "2q4i". Strides count stored values (bytes for packed ones); null pointers say
+// "not there".
+struct Args {
+    u64 a, b, out;
+    u64 a_scale, b_scale;             // of blocks along k: bytes, or floats if SCALE_BLOCK
+    u64 a_outer, b_outer, b_zero;     // floats that wait for the epilogue (null: the values below); zero points
+    u64 alpha, bias;                  // alpha null: the value below
+    u64 indptr, row_map, expert_map;  // grouped: i32 [batch + 1] (masked: rows of each batch), i32 [m] or null, i32 [batch] or null
+    u64 gather;                       // i32 [m] or null: row of A for each row of the result
+    float a_outer_value, b_outer_value, alpha_value;
+    i32 m, n, k;
+    i32 batch;             // products, or segments when grouped
+    i32 experts;           // grouped: matrices in B
+    i32 a_rows, a_repeat;  // rows of A; rows of the result that one of them gives
+    i64 a_row, a_k, a_batch;
+    i64 b_column, b_k, b_batch;  // grouped: b_batch, the matrix strides of B's scales and bias_expert step from expert to expert
+    i64 b_panel;                 // what a step of 128 along k adds to 128 * b_k
+    i64 out_row, out_column, out_batch;
+    ScaleArgs a_scales, b_scales, a_outers, b_outers, b_zeros;
+    i64 bias_expert, bias_row;
+    i32 alpha_type, bias_type, out_type;
+    i32 grouped;  // 0 dense, 1 segments, 2 masked
+};
+static_assert(sizeof(Args) == 504, "the host packs this layout");
 
 constexpr int kPlanesA = kComputeBf16 && A_ELEMENT == kFp16 ? 2 : 1;
 constexpr int kPlanesB = kComputeBf16 && B_ELEMENT == kFp16 ? 2 : 1;
@@ -45,13 +60,13 @@ constexpr int kPlanesB = kComputeBf16 && B_ELEMENT == kFp16 ? 2 : 1;
 constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N, kWarpK = BLOCK_K / WARPS_K;
 constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 16, kSteps = kWarpK / 16;
 constexpr int kAccumulators = kWarpM * kWarpN / 32;  // per thread
-constexpr int kScaleBlockK = 128;
 static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && kWarpK % 16 == 0, "warps compute 16x16x16 fragments");
 static_assert(STAGES >= 2, "one tile is read while another is filled");
-static_assert(SCALE_MODE == 0 || kScaleBlockK % kWarpK == 0, "a warp's slice of k must lie in one scale block");
+static_assert(SCALE_BLOCK == 0 || SCALE_BLOCK % kWarpK == 0 || kWarpK % SCALE_BLOCK == 0, "slices of k and blocks cut each other evenly");
+static_assert(SCALE_BLOCK % 16 == 0, "whole MMAs share a scale");
 static_assert(VECTOR || (A_MAJOR == 0 && B_MAJOR == 0), "element-wise loads always fill k-major tiles");
 static_assert(VECTOR || kAccumulators <= 64, "element-wise loads need the registers: choose a smaller tile");
-static_assert((A_ELEMENT != kE2m1x2 || A_MAJOR == 0) && (B_ELEMENT != kE2m1x2 || B_MAJOR == 0), "packed e2m1 is packed along k");
+static_assert((!kPacked<A_ELEMENT> || A_MAJOR == 0) && (!kPacked<B_ELEMENT> || B_MAJOR == 0), "packed values are packed along k");
 
 // Shared memory --------------------------------------------------------------------------------------------------------------------
 
@@ -64,8 +79,8 @@ struct alignas(1024) Smem {
 static_assert(sizeof(Smem) == SMEM_BYTES, "the host plans shared memory");
 static_assert(WARPS_K * BLOCK_M * BLOCK_N * 4 <= SMEM_BYTES, "the sums reuse the stages");
 
-using LoaderA = LoaderOf<A_ELEMENT, A_MAJOR, BLOCK_M, kPlanesA>::Type;
-using LoaderB = LoaderOf<B_ELEMENT, B_MAJOR, BLOCK_N, kPlanesB>::Type;
+using LoaderA = LoaderOf<A_ELEMENT, A_SCALE, A_MAJOR, BLOCK_M, kPlanesA>::Type;
+using LoaderB = LoaderOf<B_ELEMENT, B_SCALE, B_MAJOR, BLOCK_N, kPlanesB>::Type;
 using TileA = Tile<A_MAJOR, BLOCK_M>;
 using TileB = Tile<B_MAJOR, BLOCK_N>;
 
@@ -153,10 +168,18 @@ __device__ __forceinline__ void multiply_steps(Accumulator& acc, u32 stage, cons
 constexpr int kRowsPerThread = 2 * kFragmentsM, kColumnsPerThread = 4 * kFragmentsN;
 
 __device__ __forceinline__ u64 advance(u64 pointer, i64 values, i32 type) {  // null stays null
-    return pointer ? pointer + values * (type == kFp32 ? 4 : 2) : 0;
+    const int bytes = type == kFp32 ? 4 : type == kBf16 || type == kFp16 ? 2 : 1;
+    return pointer ? pointer + values * bytes : 0;
 }
 
-// The scales of this thread's rows and columns, fetched for one block of 128 k at a time.
+// Row of the scales that belongs to the tile's first row; -1 where scales follow the rows of their operand.
+__device__ __forceinline__ i32 first_scale_row(const ScaleArgs& scales, const Work& work, i32 begin, i32 rows) {
+    if (scales.place == 0) return -1;
+    if (scales.place == 1) return work.batch * rows + begin;
+    return (work.segment_begin + work.segment * (scales.place - 1)) / scales.place * scales.place + begin - work.segment_begin;
+}
+
+// The float scales of this thread's rows and columns, fetched for one block along k at a time.
 struct Scales {
     const Args& args;
     u64 a, b;                       // of this batch and expert
@@ -165,17 +188,21 @@ struct Scales {
 
     __device__ __forceinline__ Scales(const Args& args, const Work& work, const Operand& rows, const Place& place)
         : args(args),
-          a(advance(args.a_scale, work.batch * args.a_scale_batch, args.a_scale_type)),
-          b(advance(args.b_scale, work.expert * args.b_scale_batch, args.b_scale_type)) {
+          a(A_SCALE ? 0 : advance(args.a_scale, work.batch * args.a_scales.matrix, args.a_scales.type)),
+          b(B_SCALE == kE4m3 || B_SCALE == kE8m0 ? 0 : advance(args.b_scale, work.expert * args.b_scales.matrix, args.b_scales.type)) {
+        const i32 begin = first_scale_row(args.a_scales, work, work.row_begin, args.m);
 #pragma unroll
-        for (int i = 0; i < kRowsPerThread; ++i) row_block[i] = larger(0, rows.row(place.row + 8 * i)) / args.a_scale_rows;
+        for (int i = 0; i < kRowsPerThread; ++i) {
+            const i32 row = rows.row(place.row + 8 * i);
+            row_block[i] = (row < 0 ? 0 : begin < 0 ? row : begin + place.row + 8 * i) / args.a_scales.rows;
+        }
 #pragma unroll
         for (int j = 0; j < kColumnsPerThread; ++j)
-            column_block[j] = smaller(work.column_begin + place.column + j / 2 * 8 + j % 2, args.n - 1) / args.b_scale_columns;
+            column_block[j] = smaller(work.column_begin + place.column + j / 2 * 8 + j % 2, args.n - 1) / args.b_scales.rows;
     }
-    __device__ __forceinline__ void load(float (&row)[kRowsPerThread], float (&column)[kColumnsPerThread], i32 block_k) const {
-        gather(row, row_block, a, block_k * args.a_scale_k, args.a_scale_row, args.a_scale_type, args.a_scale_value);
-        gather(column, column_block, b, block_k * args.b_scale_k, args.b_scale_column, args.b_scale_type, args.b_scale_value);
+    __device__ __forceinline__ void load(float (&row)[kRowsPerThread], float (&column)[kColumnsPerThread], i32 k) const {
+        gather(row, row_block, a, (k >> args.a_scales.shift) * args.a_scales.block, args.a_scales.row, args.a_scales.type, 1.f);
+        gather(column, column_block, b, (k >> args.b_scales.shift) * args.b_scales.block, args.b_scales.row, args.b_scales.type, 1.f);
     }
 
     // NOTE: the type is tested outside the loops, so that all loads of a call are under way together.
@@ -199,6 +226,27 @@ struct Scales {
     }
 };
 
+// As multiply_steps, with the sums of every SCALE_BLOCK of k scaled. `k`: where this warp's slice of the k-step begins.
+template <int kFirst, int kCount>
+__device__ __forceinline__ void multiply_blocks(Accumulator& sum, u32 stage, const Place& place, const Scales& scales, i32 k, i32 k_end) {
+    if constexpr (SCALE_BLOCK == 0) {
+        multiply_steps<kFirst, kCount>(sum, stage, place);
+    } else if constexpr (kCount > 0) {
+        constexpr int kBlock = SCALE_BLOCK / 16, kHere = smaller(kCount, kBlock - kFirst % kBlock);
+        float row_scale[kRowsPerThread], column_scale[kColumnsPerThread];
+        scales.load(row_scale, column_scale, smaller(k + kFirst * 16, k_end - 1));  // past the end of k there are zeros, and no scale
+        Accumulator part = {};
+        multiply_steps<kFirst, kHere>(part, stage, place);
+#pragma unroll
+        for (int i = 0; i < kFragmentsM; ++i)
+#pragma unroll
+            for (int j = 0; j < kFragmentsN * 2; ++j)
+#pragma unroll
+                for (int v = 0; v < 4; ++v) sum[i][j][v] += row_scale[2 * i + v / 2] * column_scale[2 * j + v % 2] * part[i][j][v];
+        multiply_blocks<kFirst + kHere, kCount - kHere>(sum, stage, place, scales, k, k_end);
+    }
+}
+
 // Main loop ------------------------------------------------------------------------------------------------------------------------
 // In iteration t tile t is multiplied; cp.async fetches tile t + STAGES - 1; register loaders put t + 1 and fetch t + 2 (without VECTOR
 // they fetch and put t + 1).
@@ -207,7 +255,7 @@ __device__ __forceinline__ void main_loop(Accumulator& sum, const Args& args, co
                                           const Place& place, u32 stages) {
     LoaderA load_a(a);
     LoaderB load_b(b);
-    const Scales scales(args, work, a, place);  // unused, and gone, unless SCALE_MODE is 1
+    const Scales scales(args, work, a, place);  // unused, and gone, unless SCALE_BLOCK
     constexpr u32 kStageBytes = sizeof(Smem::Stage), kOffsetB = kPlanesA * TileA::kBytes;
     const i32 tiles = ceil_div(args.k, BLOCK_K);
     const auto fetch = [&](i32 tile, u32 stage, bool async) {
@@ -238,37 +286,21 @@ __device__ __forceinline__ void main_loop(Accumulator& sum, const Args& args, co
         __syncthreads();  // tile t is complete, and everybody is done with the stage of tile t - 1
         const int next = current + 1 == STAGES ? 0 : current + 1, previous = current == 0 ? STAGES - 1 : current - 1;
         const u32 stage = stages + current * kStageBytes, next_stage = stages + next * kStageBytes;
-        const auto multiply = [&](Accumulator& acc) {
-            if constexpr (VECTOR) {
-                fetch(t + STAGES - 1, stages + previous * kStageBytes, true);
-                copy_async_commit();
-                put(t + 1, next_stage);
-                fetch(t + 2, 0, false);
-                multiply_steps<0, kSteps>(acc, stage, place);
-            } else {  // a step gathered value by value takes many registers: one operand at a time, each behind half of the MMAs
-                const bool more = t + 1 < tiles;
-                if (more) load_a.fetch((t + 1) * BLOCK_K, 0);
-                multiply_steps<0, kSteps / 2>(acc, stage, place);
-                if (more) load_a.put(next_stage);
-                if (more) load_b.fetch((t + 1) * BLOCK_K, 0);
-                multiply_steps<kSteps / 2, kSteps - kSteps / 2>(acc, stage, place);
-                if (more) load_b.put(next_stage + kOffsetB);
-            }
-        };
-        if constexpr (SCALE_MODE == 0) {
-            multiply(sum);
-        } else {
-            float row_scale[kRowsPerThread], column_scale[kColumnsPerThread];
-            // A slice past the end of k has no scale of its own; its values are zeros.
-            scales.load(row_scale, column_scale, smaller(t * BLOCK_K + place.warp_k * kWarpK, args.k - 1) / kScaleBlockK);
-            Accumulator part = {};
-            multiply(part);
-#pragma unroll
-            for (int i = 0; i < kFragmentsM; ++i)
-#pragma unroll
-                for (int j = 0; j < kFragmentsN * 2; ++j)
-#pragma unroll
-                    for (int v = 0; v < 4; ++v) sum[i][j][v] += row_scale[2 * i + v / 2] * column_scale[2 * j + v % 2] * part[i][j][v];
+        const i32 k = t * BLOCK_K + place.warp_k * kWarpK;
+        if constexpr (VECTOR) {
+            fetch(t + STAGES - 1, stages + previous * kStageBytes, true);
+            copy_async_commit();
+            put(t + 1, next_stage);
+            fetch(t + 2, 0, false);
+            multiply_blocks<0, kSteps>(sum, stage, place, scales, k, args.k);
+        } else {  // a step gathered value by value takes many registers: one operand at a time, each behind half of the MMAs
+            const bool more = t + 1 < tiles;
+            if (more) load_a.fetch((t + 1) * BLOCK_K, 0);
+            multiply_blocks<0, kSteps / 2>(sum, stage, place, scales, k, args.k);
+            if (more) load_a.put(next_stage);
+            if (more) load_b.fetch((t + 1) * BLOCK_K, 0);
+            multiply_blocks<kSteps / 2, kSteps - kSteps / 2>(sum, stage, place, scales, k, args.k);
+            if (more) load_b.put(next_stage + kOffsetB);
         }
         current = next;
     }
@@ -293,7 +325,7 @@ __device__ __forceinline__ void put_sums(const Accumulator& sum, const Place& pl
         }
 }
 
-// sum * row[m] * column[n] * alpha + bias[n], in this order; partial sums over k add up in the order of k.
+// sum * row[m] * column[n] * alpha + bias[n] (or bias[m, n]), in this order; partial sums over k add up in the order of k.
 __device__ __forceinline__ void store_result(const Args& args, const Work& work, const Operand& a, const float* sums) {
     constexpr int kLanes = BLOCK_N / 4, kRowStep = kThreads / kLanes, kBatch = smaller(4, BLOCK_M / kRowStep);
     static_assert(kThreads % kLanes == 0 && BLOCK_M % (kRowStep * kBatch) == 0, "threads share the result evenly");
@@ -301,27 +333,30 @@ __device__ __forceinline__ void store_result(const Args& args, const Work& work,
     const i32 column = work.column_begin + tile_column, columns = smaller(4, args.n - column);
     if (columns <= 0) return;
 
-    const u64 a_scale = SCALE_MODE == 0 ? advance(args.a_scale, work.batch * args.a_scale_batch, args.a_scale_type) : 0;
-    const u64 b_scale = SCALE_MODE == 0 ? advance(args.b_scale, work.expert * args.b_scale_batch, args.b_scale_type) : 0;
-    const u64 bias = advance(args.bias, work.expert * args.bias_batch, args.bias_type);
+    const u64 a_scale = advance(args.a_outer, work.batch * args.a_outers.matrix, args.a_outers.type);
+    const u64 b_scale = advance(args.b_outer, work.expert * args.b_outers.matrix, args.b_outers.type);
+    const u64 bias = advance(args.bias, work.expert * args.bias_expert, args.bias_type);
+    const bool own_bias = args.bias_row != 0;  // of each row
     const float alpha = args.alpha ? load_float(args.alpha, 0, args.alpha_type) : args.alpha_value;
     float column_scale[4], bias_value[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
         const i32 at = smaller(column + c, args.n - 1);
-        const i64 block = at / args.b_scale_columns;
-        column_scale[c] = b_scale ? load_float(b_scale, block * args.b_scale_column, args.b_scale_type) : args.b_scale_value;
+        const i64 block = at / args.b_outers.rows;
+        column_scale[c] = b_scale ? load_float(b_scale, block * args.b_outers.row, args.b_outers.type) : args.b_outer_value;
         bias_value[c] = bias ? load_float(bias, at, args.bias_type) : 0.f;
     }
+    const i32 begin = first_scale_row(args.a_outers, work, work.row_begin, args.m);
 #pragma unroll 1
     for (int first = threadIdx.x / kLanes; first < BLOCK_M; first += kRowStep * kBatch) {
         i32 row[kBatch];
         float row_scale[kBatch];
 #pragma unroll
         for (int r = 0; r < kBatch; ++r) {
-            row[r] = a.row(first + r * kRowStep);
-            const i64 block = larger(0, row[r]) / args.a_scale_rows;
-            row_scale[r] = a_scale ? load_float(a_scale, block * args.a_scale_row, args.a_scale_type) : args.a_scale_value;
+            const i32 source = a.row(first + r * kRowStep);
+            row[r] = source < 0 ? -1 : a.result_row(first + r * kRowStep);
+            const i64 block = (source < 0 ? 0 : begin < 0 ? source : begin + first + r * kRowStep) / args.a_outers.rows;
+            row_scale[r] = a_scale ? load_float(a_scale, block * args.a_outers.row, args.a_outers.type) : args.a_outer_value;
         }
 #pragma unroll
         for (int r = 0; r < kBatch; ++r) {
@@ -335,8 +370,8 @@ __device__ __forceinline__ void store_result(const Args& args, const Work& work,
             }
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
-                if constexpr (SCALE_MODE == 0) x[c] = x[c] * row_scale[r] * column_scale[c];
-                x[c] = x[c] * alpha + bias_value[c];
+                x[c] = x[c] * row_scale[r] * column_scale[c] * alpha;
+                x[c] += own_bias && c < columns ? load_float(bias, row[r] * args.bias_row + column + c, args.bias_type) : bias_value[c];
             }
             const i64 index = work.batch * args.out_batch + row[r] * args.out_row + column * args.out_column;
             store_four(args.out, index, args.out_column, args.out_type, x, columns);
@@ -346,20 +381,50 @@ __device__ __forceinline__ void store_result(const Args& args, const Work& work,
 
 // Kernel ---------------------------------------------------------------------------------------------------------------------------
 
-// CTAs per SM that registers allow without spills: 128 accumulators a thread leave room for two CTAs of 128 threads.
-constexpr int kMinCtas = kThreads > 128 ? 1 : VECTOR && kAccumulators <= 32 ? 3 : 2;
+__device__ __forceinline__ BlockBytes block_bytes(u64 pointer, const ScaleArgs& scales, i32 matrix, i32 begin) {
+    return {reinterpret_cast<const u8*>(pointer) + matrix * scales.matrix, scales.row, scales.block, scales.tile_rows, scales.shift, begin};
+}
+
+// CTAs per SM that registers allow without spills: 128 accumulators a thread leave room for two CTAs of 128 threads, 32 for three, but not
+// where several blocks in a k-step keep fragments alive beside two sets of sums.
+constexpr bool kSmall = VECTOR && kAccumulators <= 32 && !(SCALE_BLOCK > 0 && SCALE_BLOCK < kWarpK);
+constexpr int kMinCtas = kThreads > 128 ? 1 : kSmall ? 3 : 2;
 
 extern "C" __global__ void __launch_bounds__(kThreads, kMinCtas) portable(const __grid_constant__ Args args) {
     extern __shared__ u8 shared_bytes[];
-    const Work work = args.grouped ? grouped_work<BLOCK_M, BLOCK_N>(args) : dense_work<BLOCK_M, BLOCK_N>(args);
+    const Work work = args.grouped == 0   ? dense_work<BLOCK_M, BLOCK_N>(args)
+                      : args.grouped == 1 ? grouped_work<BLOCK_M, BLOCK_N>(args)
+                                          : masked_work<BLOCK_M, BLOCK_N>(args);
     if (!work.any) return;
 
     constexpr int kA = kValueBytes<A_ELEMENT>, kB = kValueBytes<B_ELEMENT>;
     const u8* a_start = reinterpret_cast<const u8*>(args.a) + work.batch * args.a_batch * kA;
     const u8* b_start = reinterpret_cast<const u8*>(args.b) + work.expert * args.b_batch * kB;
-    const i32* row_map = args.grouped ? reinterpret_cast<const i32*>(args.row_map) : nullptr;
-    const Operand a{a_start, args.a_row * kA, args.a_k * kA, row_map, work.row_begin, work.row_end, args.k};
-    const Operand b{b_start, args.b_column * kB, args.b_k * kB, nullptr, work.column_begin, args.n, args.k};
+    const bool segments = args.grouped == 1;
+    const i32 *row_map = segments ? reinterpret_cast<const i32*>(args.row_map) : nullptr,
+              *gather = reinterpret_cast<const i32*>(args.gather);
+    const Operand a{
+        a_start,        args.a_row * kA,
+        args.a_k * kA,  0,
+        row_map,        gather,
+        args.a_repeat,  args.a_rows,
+        work.row_begin, work.row_end,
+        args.k,         block_bytes(args.a_scale, args.a_scales, work.batch, first_scale_row(args.a_scales, work, work.row_begin, args.m))};
+    const bool zero = B_SCALE == kZero;
+    const ScaleArgs& b_bytes = zero ? args.b_zeros : args.b_scales;
+    const Operand b{
+        b_start,
+        args.b_column * kB,
+        args.b_k * kB,
+        args.b_panel,
+        nullptr,
+        nullptr,
+        1,
+        args.n,
+        work.column_begin,
+        args.n,
+        args.k,
+        block_bytes(zero ? args.b_zero : args.b_scale, b_bytes, work.expert, b_bytes.place ? work.batch * args.n + work.column_begin : -1)};
 
     const Place place;
     Accumulator sum = {};

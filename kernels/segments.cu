@@ -2,7 +2,8 @@
 //
 //   MODE 0  indices [rows] (the group of each row) -> indptr, row_map: a stable counting sort; an index outside [0, groups) is in no group
 //   MODE 1  lengths [groups] -> indptr: exclusive prefix sums, saturating at 2^31 - 1; a negative length counts as 0
-//   MODE 2  integers -> i32, cut to [-1, 2^31 - 1], which keeps what is out of range so: a 64-bit indptr, or the expert of each segment
+//   MODE 2  integers -> i32, cut to [-1, 2^31 - 1], which keeps what is out of range so: a 64-bit indptr, masked counts, the expert of each
+//           segment, or the row of A that each row of the result comes from
 //
 // One warp per group scans all rows: no atomics, no scratch, rows of a group stay in order. Rows are few (tokens) and cached, and every
 // warp reads the same ones. Grids of 256 threads: MODE 0 ceil((groups + 1) / 8) CTAs, MODE 1 one CTA, MODE 2 ceil(count / 256) CTAs.

@@ -136,7 +136,7 @@ def planned(tile: int | None = None, target: str = "native") -> Iterator[None]:
 
     def chosen(problem: Any, device: Any) -> Any:
         found = choose(problem, device)
-        if tile is None or not hasattr(problem, "block_scaled"):
+        if tile is None or not hasattr(problem, "scale_block"):
             return found
         configs = found.best.kernel.candidates(problem)
         best = next(r for r in found.ranking if r.config == configs[tile % len(configs)])

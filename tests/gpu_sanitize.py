@@ -1,4 +1,4 @@
-"""About a hundred small calls over all kernels, for compute-sanitizer; exits with the number of wrong results.
+"""Some hundred small calls over all kernels, for compute-sanitizer; exits with the number of wrong results.
 
     compute-sanitizer --tool memcheck python tests/gpu_sanitize.py
     compute-sanitizer --tool racecheck python tests/gpu_sanitize.py
@@ -11,12 +11,15 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import format_oracles as formats
 import gpu_arrays
+import gpu_formats
 import numpy as np
 import oracles
 
 import cugemm
-from cugemm import launch, reference
+from cugemm import launch, quantize_reference
+from cugemm.api.common import product
 from cugemm.formats import FORMATS
 from cugemm.problem import OPS, GemmOptions
 
@@ -27,6 +30,10 @@ DENSE: list[tuple[str, str, tuple[str, str], int]] = [
     ("e4m3", "e4m3", ("row", "column"), 1), ("e4m3", "e5m2", ("column", "row"), 2), ("bf16", "e2m1x2", ("row", "column"), 1),
     ("fp16", "e2m1", ("row", "row"), 2), ("e4m3", "fp16", ("odd", "gaps"), 1), ("e2m1x2", "e4m3", ("odd", "odd column"), 0),
     ("bf16", "bf16", ("odd column", "odd"), 2),
+]  # fmt: skip
+BLOCKS = [
+    ("bf16", "nvfp4"), ("nvfp4", "nvfp4"), ("mxfp8", "mxfp4"), ("fp16", "mxfp4"), ("bf16", "uint4_g32"), ("fp16", "int4_g64"),
+    ("int8_row", "int4_g128"), ("fp8_group", "mxfp8"), ("nvfp4_row", "int4_g32"),
 ]  # fmt: skip
 SHAPES = [(1, 1, 2), (17, 33, 66), (129, 131, 258)]
 
@@ -71,11 +78,8 @@ def dense(dev: Any, number: int) -> None:
             operands = [dev.put(lay(x, layout)) for x, layout in zip((case.a, case.b), layouts, strict=True)]
             out = dev.place(lay(oracles.poison((m, n), options.out_dtype), ("row", "odd", "odd column")[i]))
             with gpu_arrays.planned(tile if by_k or i else tile + 1):
-                launch.run(
-                    OPS["matmul"],
-                    (*operands, dev.put(case.a_scale), dev.put(case.b_scale), None, dev.put(case.bias), None, None, out.array),
-                    options,
-                )
+                given = {"a_scale": dev.put(case.a_scale), "b_scale": dev.put(case.b_scale), "bias": dev.put(case.bias)}
+                product(OPS["matmul"], *operands, options, **given, out=out.array)
             oracles.check_exact(case, np.ascontiguousarray(dev.get(out)), options.out_dtype)
 
 
@@ -102,16 +106,48 @@ def grouped(dev: Any, tile: int) -> None:
             oracles.check_exact(case, np.ascontiguousarray(dev.get(out)), "bfloat16")
 
 
+def blocks(dev: Any, number: int) -> None:
+    """Formats with block scales or zero points, linear and tiled, in pieces and value by value."""
+    a, b = BLOCKS[number]
+    for i, (m, n, k) in enumerate(SHAPES):
+        pair = formats.make(i, m, n, k, a, b, exact=True)
+        for layouts, scale_layout in ((("row", "row"), "128x4"), (("odd row", "gaps"), "linear"), (("row", "row"), "8x4")):
+            with gpu_arrays.planned(number + i):
+                gpu_formats.verify(dev, pair, layouts=layouts, scale_layouts=(scale_layout, scale_layout))
+
+
+def chosen(dev: Any, kind: str) -> None:
+    """Groups in every form, with indices out of range."""
+    for seed, (a, b) in enumerate((("bf16", "nvfp4"), ("mxfp8", "mxfp4"), ("fp8_group", "fp8_block"))):
+        gpu_formats.grouped(dev, seed, kind, a, b, exact=True, index_dtype=("int32", "int64")[seed % 2])
+
+
+def rows(dev: Any, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    for tokens, top, n in ((1, 1, 1), (7, 3, 130), (33, 2, 515)):
+        y = rng.standard_normal((tokens * top, 2 * n)).astype(oracles.dtype_of(dtype))
+        weights = rng.random((tokens, top)).astype(np.float32)
+        indices = rng.integers(-2, tokens * top + 2, (tokens, top))
+        oracles.check_bits(
+            dev.fetch(cugemm.combine(dev.put(y), dev.put(weights), indices=dev.put(indices))),
+            cugemm.combine(y, weights, indices=indices), f"combine {tokens} {top} {n}",
+        )  # fmt: skip
+        oracles.check_bits(dev.fetch(cugemm.silu_and_mul(dev.put(y))), cugemm.silu_and_mul(y), f"silu_and_mul {tokens * top} {n}")
+
+
 def conversions(dev: Any, dtype: str) -> None:
     rng = np.random.default_rng(0)
-    for name in ("fp8_tensor", "fp8_row", "fp8_group", "fp8_block"):
-        for layout, shape in (("row", (1, 1)), ("odd", (17, 131)), ("column", (130, 259))):
+    for name, fmt in FORMATS.items():
+        scale_layout = "linear" if fmt.scale.name == "fp32" else "128x4"
+        for layout, shape in (("row", (1, 2)), ("odd", (17, 130)), ("column", (130, 258))):
             x = lay(rng.standard_normal(shape).astype(oracles.dtype_of(dtype)), layout)
-            data, scale = reference.quantize(x, FORMATS[name])
-            q = cugemm.quantize(dev.put(x), name)
+            data, scale, *more = quantize_reference.quantize(x, fmt, layout=scale_layout)
+            q = cugemm.quantize(dev.put(x), name, scale_layout=scale_layout)
             oracles.check_bits(dev.fetch(q.data), data, name)
             oracles.check_bits(dev.fetch(q.scale), scale, name)
-            oracles.check_bits(dev.fetch(cugemm.dequantize(q, dtype)), reference.dequantize(data, scale, FORMATS[name], dtype), name)
+            tensor, zero = (more[0] if fmt.tensor is not None else None), (more[-1] if fmt.zero else None)
+            back = quantize_reference.dequantize(data, scale, fmt, dtype, tensor_scale=tensor, zero=zero, layout=scale_layout)
+            oracles.check_bits(dev.fetch(cugemm.dequantize(q, dtype)), back, name)
 
 
 def main() -> int:
@@ -120,6 +156,10 @@ def main() -> int:
     todo = [
         *((dense, i) for i in range(len(DENSE))),
         *((grouped, tile) for tile in range(3)),
+        *((blocks, i) for i in range(len(BLOCKS))),
+        *((chosen, kind) for kind in gpu_formats.GROUPS),
+        (rows, "bfloat16"),
+        (rows, "float32"),
         (conversions, "bfloat16"),
         (conversions, "float32"),
     ]

@@ -16,7 +16,8 @@ check it.
 Options of exact_case and random_case, with the library's conventions (real = stored * scale, ALL = 0 covers an axis): a_block = (gm, gk)
 and b_block = (gk, gn) ask for scales of shape [.., ceil(m/gm), ceil(k/gk)] and [.., ceil(k/gk), ceil(n/gn)]; alpha; bias=True; batch=(..)
 for both sides; experts=E for a grouped product (b [E, k, n], `case.expert` [m], some rows without an expert). Elements: bf16 fp16 fp32 e4m3
-e5m2 e2m1 (a code per byte) e2m1x2 (two codes a byte along k, low nibble = even k). Failures end in one line that makes the case again.
+e5m2 int8 e2m1 (a code per byte), and two codes a byte along k, low nibble = even k: e2m1x2 int4x2 uint4x2. format_oracles.py makes cases
+of whole formats. Failures end in one line that makes the case again.
 
 Sources: IEEE 754-2019 (binary16, binary32), OCP OFP8 (e4m3, e5m2), OCP MX (e2m1); tensor-core sums after Fasi, Higham, Mikaitis, Pranesh,
 "Numerical behavior of NVIDIA tensor cores", PeerJ CS 2021.
@@ -75,14 +76,18 @@ def table(element: str) -> Array:
 
 
 TABLES = {name: table(name) for name in ENCODINGS if name != "fp32"}
+INTEGERS = {"int8": (-128, 127), "int4x2": (-8, 7), "uint4x2": (0, 15)}
+"""Least and greatest; two's complement."""
+PACKED = {"e2m1x2": TABLES["e2m1"], "int4x2": np.array([*range(8), *range(-8, 0)], float), "uint4x2": np.arange(16.0)}
+"""Value of every nibble."""
 
 
 def decode(stored: Array, element: str, k_axis: int = -1) -> Array:
-    """Stored array -> float64 values; e2m1x2 doubles `k_axis`."""
-    if element == "fp32":
+    """Stored array -> float64 values; packed elements double `k_axis`."""
+    if element in ("fp32", "int8"):
         return np.asarray(stored, np.float64)
-    if element == "e2m1x2":
-        pairs = np.stack([TABLES["e2m1"][stored & 15], TABLES["e2m1"][stored >> 4]], axis=-1)  # [.., low = even k | high = odd k]
+    if element in PACKED:
+        pairs = np.stack([PACKED[element][stored & 15], PACKED[element][stored >> 4]], axis=-1)  # [.., low = even k | high = odd k]
         pairs = np.moveaxis(pairs, k_axis - 1 if k_axis < 0 else k_axis, -2)
         return np.moveaxis(pairs.reshape(*pairs.shape[:-2], 2 * pairs.shape[-2]), -1, k_axis)
     codes = stored.view(f"u{stored.dtype.itemsize}")
@@ -93,8 +98,11 @@ def encode(values: Array, element: str, k_axis: int = -1) -> Array:
     """Float64 values -> stored array, to nearest, saturating. A maker of test data, not a definition of rounding."""
     if element == "fp32":
         return np.asarray(values, np.float32)
-    if element == "e2m1x2":
-        codes = np.moveaxis(encode(values, "e2m1"), k_axis, -1)
+    if element == "int8":
+        return np.clip(np.rint(values), *INTEGERS[element]).astype(np.int8)
+    if element in PACKED:
+        whole = np.clip(np.rint(values), *INTEGERS[element]).astype(np.int64) if element in INTEGERS else None
+        codes = np.moveaxis(encode(values, "e2m1") if whole is None else (whole & 15).astype(np.uint8), k_axis, -1)
         return np.ascontiguousarray(np.moveaxis(codes[..., 0::2] | codes[..., 1::2] << 4, -1, k_axis))
     known = TABLES[element]
     order = np.argsort(known, kind="stable")
@@ -270,7 +278,7 @@ def _start(name: str, call: dict[str, Any]) -> tuple[np.random.Generator, _Shape
     m, n, k, batch, experts = (call[x] for x in ("m", "n", "k", "batch", "experts"))
     assert not (batch and experts), "a grouped product has no batch"
     for element in (call["a_element"], call["b_element"]):
-        assert element != "e2m1x2" or k % 2 == 0, f"e2m1x2 packs pairs, k = {k}"
+        assert element not in PACKED or k % 2 == 0, f"{element} packs pairs, k = {k}"
 
     def scale(block: Block | None, lead: tuple[int, ...], lengths: tuple[int, int]) -> tuple[int, ...] | None:
         if block is None:
@@ -295,12 +303,12 @@ def error_bound(case: Case, dtype: str) -> Array:
     """Element-wise bound on |out - exact| of products summed in float32 by tensor cores, in any blocking, and rounded once to `dtype`.
 
     sum:      (1.5 k + 8) * 2^-23 * peak        truncation, PER_PRODUCT; 8 for a ragged last step; split sums add less than they save
-    scales:   (k / 16) * 2^-24 * peak           block scales: up to 4 float32 roundings per block of at least 64 values
+    scales:   (k / 8) * 2^-24 * peak            block scales: up to 4 float32 roundings per block of at least 32 values
     epilogue: 8 * 2^-24 * (peak + |bias|)       row, column, alpha (rounded to float32 themselves), bias
     output:   half a step of `dtype` at |exact| + the above
     """
     bias = 0.0 if case.bias is None else np.abs(case.bias.astype(np.float64))
-    inner = ((PER_PRODUCT * case.k + 8) * 2 + case.k / 16 + 8) * 2.0**-24 * case.peak + 8 * 2.0**-24 * bias
+    inner = ((PER_PRODUCT * case.k + 8) * 2 + case.k / 8 + 8) * 2.0**-24 * case.peak + 8 * 2.0**-24 * bias
     return inner + _step(np.abs(case.exact) + inner, dtype) / 2
 
 

@@ -166,7 +166,7 @@ def test_jax_groups_and_quantisation(jax: Any) -> None:
         oracles.check_exact(case, np.asarray(function(x, w, expert)), "bfloat16")
     values = np.random.default_rng(0).standard_normal((40, 300)).astype(np.float32)
     for name in ("fp8_tensor", "fp8_row", "fp8_block"):
-        data, scale = cugemm.reference.quantize(values, cugemm.formats.FORMATS[name])
+        data, scale = cugemm.quantize_reference.quantize(values, cugemm.formats.FORMATS[name])
 
         def parts(v: Any, name: str = name) -> Any:
             q = cugemm.quantize(v * 1, name)

@@ -14,7 +14,7 @@ import pytest
 from gpu_arrays import LAYOUTS, planned
 
 import cugemm
-from cugemm import launch
+from cugemm.api.common import product
 from cugemm.problem import OPS, GemmOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -88,14 +88,15 @@ def run(
     if alpha_on_device:
         alpha = np.full((1,), case.alpha, np.float32)
     operands = [LAYOUTS[layout](x) for layout, x in zip(layouts, (case.a, case.b), strict=True)]
-    arrays = [dev.put(x) for x in (*operands, *scales, alpha, case.bias)]
+    a, b, a_scale, b_scale, alpha, bias = [dev.put(x) for x in (*operands, *scales, alpha, case.bias)]
     before = [x.copy() for x in operands]
     placed = dev.place(LAYOUTS[out](oracles.poison(case.exact.shape, dtype)))
-    assert launch.run(OPS["matmul"], (*arrays, None, None, placed.array), options) is placed.array
+    given = {"a_scale": a_scale, "b_scale": b_scale, "alpha": alpha, "bias": bias}
+    assert product(OPS["matmul"], a, b, options, **given, out=placed.array) is placed.array
     into = np.ascontiguousarray(dev.get(placed))
     assert gpu_arrays.untouched(dev.bytes(placed), placed), f"wrote around out; {case.repro}"
     if twice:
-        fresh = launch.run(OPS["matmul"], (*arrays, None, None, None), options)
+        fresh = product(OPS["matmul"], a, b, options, **given)
         oracles.check_bits(dev.fetch(fresh), into, f"out={out!r} and a fresh result differ; {case.repro}")
     for x, y in zip(operands, before, strict=True):
         oracles.check_bits(np.ascontiguousarray(x), np.ascontiguousarray(y), "operands changed on the host")

@@ -356,7 +356,7 @@ wrapper = cugemm.SegmentGEMMWrapper(None)
 good = wrapper.run(x, w, cupy.asarray(np.array([2, 0, 1, 2], np.int32)))
 assert bool((good == 32).all())
 cases = {
-    "expert_indices has 2 values outside": lambda: wrapper.run(x, w, cupy.asarray(np.array([2, 3, -1, 0], np.int64))),
+    "expert_indices has 2 values outside": lambda: wrapper.run(x, w, cupy.asarray(np.array([2, 3, -2, 0], np.int64))),
     "seg_indptr has 1 value below the one before": lambda: wrapper.run(x, w, 3, seg_indptr=cupy.asarray(np.array([0, 3, 2, 4], np.int32))),
     "seg_lens has 1 value negative": lambda: wrapper.run(x, w, 3, seg_lens=cupy.asarray(np.array([1, -1, 2], np.int32))),
     "weight_indices has 1 value outside": lambda: wrapper.run(

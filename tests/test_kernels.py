@@ -1,9 +1,8 @@
 """The real kernel sources, compiled by NVRTC for every architecture: no error, no spilled register, no remark that means a slow kernel.
 
-Which cubins: a strength-2 cover of (arch, pair of elements, tile, major of a, major of b, VECTOR, SCALE_MODE), so every pair of elements
-compiles on every arch and every other two choices meet somewhere; every config that the cost model ranks for the shapes the benchmarks use;
-what the documented examples take; every mode of the helper kernels. The static assertions in the sources check shared memory and argument
-structs on the way.
+Which cubins: every pair of decodes on every arch, each with a tile, majors, VECTOR and SCALE_BLOCK dealt out so that all of them meet;
+every loader with all of those; every config that the cost model ranks for the shapes the benchmarks use; what the documented examples
+take; every mode of the helper kernels. The static assertions in the sources check shared memory and argument structs on the way.
 """
 
 from __future__ import annotations
@@ -12,18 +11,20 @@ import functools
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from conftest import ROOT
 
 from cugemm import arch, compile, formats, problem, select
-from cugemm.api import dense, grouped  # noqa: F401 - they register the operations
 from cugemm.arch import Device
 from cugemm.arrays import View, dense_strides
-from cugemm.catalog import Step, portable, quantize
+from cugemm.catalog import Step, portable
 from cugemm.compile import Job
 from cugemm.conversion import QuantizeOptions
 from cugemm.problem import OPS, GemmCall, GemmOptions, Problem
+from cugemm.rowwise import RowsOptions
+from cugemm.scales import block_counts
 
 pytestmark = pytest.mark.requires("cupy")
 
@@ -40,9 +41,18 @@ DEVICES = {
 ARCHS = tuple(DEVICES)
 MOST_PER_ARCH = 300
 
-ELEMENTS = ("bf16", "fp16", "e4m3", "e5m2", "e2m1", "e2m1x2")
-PAIRS = tuple(itertools.product(ELEMENTS, ELEMENTS))
+DECODES = {
+    **{name: (name, "", False) for name in ("bf16", "fp16", "e4m3", "e5m2", "e2m1", "e2m1x2", "int8", "int4x2")},
+    "mxfp8": ("e4m3", "e8m0", False),
+    "mxfp8_e5m2": ("e5m2", "e8m0", False),
+    "mxfp4": ("e2m1x2", "e8m0", False),
+    "nvfp4": ("e2m1x2", "e4m3", False),
+    "uint4 with zero points": ("uint4x2", "", True),
+}
+"""What happens to a value on its way to shared memory: (element, element of byte scales, zero points). Only b has zero points."""
+PAIRS = tuple((a, b) for a, b in itertools.product(DECODES, DECODES) if not DECODES[a][2])
 TILES = (0, 1, 2)  # large, medium, small; some problems have fewer
+SCALE_BLOCKS = (0, 32, 64, 128)
 
 NK = (
     (7168, 2048), (2112, 7168), (4096, 4096), (6144, 4096), (4096, 7168), (24576, 1536),
@@ -61,105 +71,123 @@ class Choice(NamedTuple):
     a_major: str
     b_major: str
     vector: bool
-    block_scaled: bool
+    scale_block: int
 
     def possible(self) -> bool:
-        packed_along_rows = any(e == "e2m1x2" and major == "mn" for e, major in zip(self.pair, (self.a_major, self.b_major), strict=True))
-        element_wise_by_rows = not self.vector and "mn" in (self.a_major, self.b_major)
-        return not packed_along_rows and not element_wise_by_rows and self.tile < len(candidates(*self[3:], self.arch, self.pair))
+        decodes = [DECODES[name] for name in self.pair]
+        along_rows = [major == "mn" for major in (self.a_major, self.b_major)]
+        if any(
+            rows and (element.endswith("x2") or scale or zero) for (element, scale, zero), rows in zip(decodes, along_rows, strict=True)
+        ):
+            return False  # packed along k, or a block for every row
+        return (self.vector or not any(along_rows)) and self.tile < len(self.candidates())
 
     def question(self) -> Problem:
-        return Problem(8, 4096, 4096, 1, False, *self.pair, *self[3:], "bfloat16", "fast", "auto", self.arch)
+        (a, a_scale, _), (b, b_scale, zero) = (DECODES[name] for name in self.pair)
+        return Problem(
+            8, 4096, 4096, 1, False, a, b, a_scale, b_scale, zero, self.scale_block, self.a_major, self.b_major, self.vector,
+            "bfloat16", "fast", "auto", self.arch,
+        )  # fmt: skip
 
-    def meetings(self) -> list[tuple[tuple[int, object], ...]]:
-        return list(itertools.combinations(enumerate(self), 2))
+    def candidates(self) -> tuple[portable.Config, ...]:
+        return portable.KERNEL.candidates(self.question())
 
 
-@functools.cache
-def candidates(
-    a_major: str, b_major: str, vector: bool, block_scaled: bool, target: str, pair: tuple[str, str]
-) -> tuple[portable.Config, ...]:
-    return portable.KERNEL.candidates(Choice(target, pair, 0, a_major, b_major, vector, block_scaled).question())
+OTHERS = tuple(itertools.product(TILES, ("k", "mn"), ("k", "mn"), (True, False), SCALE_BLOCKS))
 
 
 @functools.cache
 def cover() -> tuple[Choice, ...]:
-    """Greedy: for each arch and pair, the choice of the rest with the most meetings that nobody had; more rows while some are missing."""
-    rest = list(itertools.product(TILES, ("k", "mn"), ("k", "mn"), (True, False), (False, True)))
-    missing = {
-        meeting for row in itertools.product(ARCHS, PAIRS, rest) if (c := Choice(*row[:2], *row[2])).possible() for meeting in c.meetings()
-    }
-    rows: list[Choice] = []
-
-    def take(choices: Iterator[Choice]) -> None:
-        best = max((c for c in choices if c.possible()), key=lambda c: sum(meeting in missing for meeting in c.meetings()))
-        missing.difference_update(best.meetings())
-        rows.append(best)
-
-    for target, pair in itertools.product(ARCHS, PAIRS):
-        take(Choice(target, pair, *r) for r in rest)
-    while missing:
-        (i, x), (j, y) = next(iter(sorted(missing, key=repr)))
-        take(c for row in itertools.product(ARCHS, PAIRS, rest) if (c := Choice(*row[:2], *row[2]))[i] == x and c[j] == y)
-    # Every loader whole: element x major x VECTOR x tile x SCALE_MODE, the same on both sides, dealt out to the archs.
-    loaders = (Choice(ARCHS[i % len(ARCHS)], (e, e), *r) for i, (e, r) in enumerate(itertools.product(ELEMENTS, rest)) if r[1] == r[2])
-    return tuple(dict.fromkeys((*rows, *(c for c in loaders if c.possible()))))
+    rows = []
+    for (number, target), (i, pair) in itertools.product(enumerate(ARCHS), enumerate(PAIRS)):
+        # 37 is prime to the number of choices, so that a pair meets eight different ones and neighbours differ in everything.
+        turns = (OTHERS[(37 * (i + 23 * number) + turn) % len(OTHERS)] for turn in range(len(OTHERS)))
+        rows.append(next(choice for other in turns if (choice := Choice(target, pair, *other)).possible()))
+    own = [name for name, decode in DECODES.items() if not decode[2]]
+    loaders = (
+        Choice(ARCHS[i % len(ARCHS)], (name, name), tile, major, major, vector, 0)
+        for i, (name, tile, major, vector) in enumerate(itertools.product(own, TILES, ("k", "mn"), (True, False)))
+    )
+    return tuple(dict.fromkeys((*rows, *(choice for choice in loaders if choice.possible()))))
 
 
 def spec(shape: tuple[int, ...], dtype: str, strides: tuple[int, ...] | None = None) -> View:
     return View(0, shape, strides or dense_strides(shape), dtype, 0)
 
 
-def linear_call(m: int, n: int, k: int, a: str, b: str, scales: str = "") -> GemmCall:
-    """x [m, k] @ w [n, k].T as `linear` and `gemm_fp8_nt_groupwise` ask for it."""
-    a_scale = b_scale = None
-    name = "linear"
+def arguments(**given: View) -> tuple[View | None, ...]:
+    """The arguments of a product in role order."""
+    return tuple(given.get(role) for role in problem.ROLES)
+
+
+def linear_call(m: int, n: int, k: int, a: str, b: str) -> GemmCall:
+    """x [m, k] @ w [n, k].T of two formats (or dtypes), as `linear` asks for it."""
     options = GemmOptions(b_axes="nk")
-    if scales == "row":
-        a_scale, b_scale = spec((m, 1), "float32"), spec((n, 1), "float32")
-    elif scales == "block":
-        name = "gemm_fp8_nt_groupwise"
-        a_scale, b_scale = spec((m, -(-k // 128)), "float32"), spec((-(-n // 128), -(-k // 128)), "float32")
-        options = GemmOptions(b_axes="nk", a_block=(1, 128), b_block=(128, 128), accumulate="promoted")
-    return OPS[name].check((spec((m, k), a), spec((n, k), b), a_scale, b_scale, None, None, None, None, None), options)
+    given: dict[str, View] = {}
+    for role, name, rows in (("a", a, m), ("b", b, n)):
+        fmt = formats.FORMATS.get(name)
+        if fmt is None:
+            given[role] = spec((rows, k), name)
+            continue
+        given[role] = spec((rows, k // fmt.element.per_byte), fmt.element.dtype)
+        floats = fmt.scale is formats.FP32
+        given[f"{role}_scale"] = spec(block_counts(rows, k, fmt.block), "float32" if floats else "uint8")
+        named = {"element": fmt.element.name, "block": fmt.block, "scale_element": "" if floats else fmt.scale.name}
+        options = options._replace(**{f"{role}_{what}": value for what, value in named.items()})
+    return OPS["linear"].check(arguments(**given), options)
 
 
 LAYERS = (
-    ("bfloat16", "bfloat16", ""),
-    ("float16", "float16", ""),
-    ("float8_e4m3fn", "float8_e4m3fn", "row"),
-    ("float8_e4m3fn", "float8_e4m3fn", "block"),
-    ("bfloat16", "float8_e4m3fn", "row"),
-    ("float16", "float8_e4m3fn", "row"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("fp8_row", "fp8_row"),
+    ("fp8_group", "fp8_block"),
+    ("bfloat16", "fp8_row"),
+    ("float16", "fp8_row"),
+    ("mxfp8", "mxfp8"),
+    ("nvfp4", "nvfp4"),
+    ("mxfp4", "mxfp4"),
+    ("bfloat16", "nvfp4"),
+    ("bfloat16", "mxfp4"),
+    ("bfloat16", "int4_g128"),
+    ("bfloat16", "int8_row"),
 )
 
 
 def example_calls() -> Iterator[GemmCall]:
     """What the documented examples ask for: weights [k, n] as they are, and experts."""
     x, s = spec((8, 4096), "float16"), spec((11008,), "float16")
-    none = (None,) * 4
-    yield OPS["mm_fp4"].check((x, spec((4096, 11008), "uint8"), None, s, None, *none), GemmOptions(b_element="e2m1"))
-    yield OPS["bmm_fp8"].check((x, spec((4096, 11008), "float8_e4m3fn"), None, s, None, *none), GemmOptions())
-    yield OPS["tgv_gemm"].check((spec((1024, 4096), "float16"), spec((4096, 11008), "float16"), None, None, None, *none), GemmOptions())
+    yield OPS["mm_fp4"].check(arguments(a=x, b=spec((4096, 11008), "uint8"), b_scale=s), GemmOptions(b_element="e2m1"))
+    yield OPS["bmm_fp8"].check(arguments(a=x, b=spec((4096, 11008), "float8_e4m3fn"), b_scale=s), GemmOptions())
+    yield OPS["tgv_gemm"].check(arguments(a=spec((1024, 4096), "float16"), b=spec((4096, 11008), "float16")), GemmOptions())
     for dtype, rows in (("float16", 8), ("bfloat16", 4096), ("float8_e4m3fn", 4096)):
         for axes, kind, count in (("kn", "indices", rows), ("nk", "indptr", 9), ("kn", "lens", 8)):
             weights = spec((8, 4096, 11008) if axes == "kn" else (8, 11008, 4096), dtype)
-            views = (spec((rows, 4096), dtype), weights, None, None, None, None, spec((count,), "int64"), None, None)
+            views = arguments(a=spec((rows, 4096), dtype), b=weights, segments=spec((count,), "int64"))
             yield OPS["SegmentGEMMWrapper.forward"].check(views, GemmOptions(b_axes=axes, segments=kind))
 
 
-def conversion_calls() -> Iterator[object]:
-    """Every format and dtype, both directions, and the bare cast."""
-    for fmt in formats.FORMATS.values():
-        if fmt.element.name not in problem.FLOATS8:
-            continue
-        for dtype in problem.OUT_DTYPES:
+def conversion_calls(target: str) -> Iterator[Any]:
+    """Every format, both directions, the bare cast, prepared input, and rows. Dtypes are dealt out to formats and archs."""
+    for i, fmt in enumerate(formats.FORMATS.values()):
+        for j, dtype in enumerate(problem.OUT_DTYPES):
+            if (i + j + ARCHS.index(target)) % len(problem.OUT_DTYPES):
+                continue
             x = spec((256, 512), dtype)
-            call = OPS["quantize"].check((x,), QuantizeOptions(fmt.name))
+            call = OPS["quantize"].check((x, None, None, None), QuantizeOptions(fmt.name))
             yield call
-            yield OPS["quantize"].check((x,), QuantizeOptions(fmt.name, cast=True))
-            (shape, stored), (scales, scale_dtype) = call.outputs
-            yield OPS["dequantize"].check((spec(shape, stored), spec(scales, scale_dtype)), QuantizeOptions(fmt.name, dtype=dtype))
+            shapes = dict(zip(("data", "scale"), call.outputs, strict=False))
+            given = [spec(*shapes["data"]), spec(*shapes["scale"]), None, spec(*call.outputs[-1]) if fmt.zero else None]
+            yield OPS["dequantize"].check(tuple(given), QuantizeOptions(fmt.name, dtype=dtype))
+            if fmt.block[1] != formats.ALL and fmt.block[0] == 1:
+                yield OPS["quantize"].check((x, None, spec((512,), dtype), None), QuantizeOptions(fmt.name))
+            if fmt.element.name in problem.FLOATS8:
+                yield OPS["quantize"].check((x, None, None, None), QuantizeOptions(fmt.name, cast=True))
+    for dtype in problem.OUT_DTYPES:
+        yield OPS["combine"].check((spec((16, 4, 512), dtype), spec((16, 4), "float32"), None, None), RowsOptions())
+        yield OPS["silu_and_mul"].check((spec((4, 8, 512), dtype), None, None), RowsOptions())
+    for dtype in ("uint8", "bfloat16"):
+        yield OPS["interleave"].check((spec((256, 32), dtype),), QuantizeOptions("nvfp4", scale_layout="128x4"))
 
 
 @functools.cache
@@ -192,35 +220,40 @@ def jobs_of(target: str) -> list[Job]:
         best = select.choose(question, DEVICES[target]).best
         for step in best.kernel.steps(call._replace(problem=question), best.config):
             add(step)
-    for converted in conversion_calls():
-        for config in quantize.KERNEL.candidates(converted.problem):  # type: ignore[attr-defined]
-            for step in quantize.KERNEL.steps(converted, config):  # type: ignore[arg-type]
-                add(step)
+    for converted in conversion_calls(target):
+        question = converted.problem._replace(arch=target)
+        best = select.choose(question, DEVICES[target]).best
+        for step in best.kernel.steps(converted, best.config):
+            add(step)
     return list(found.values())
 
 
 def test_the_cover_covers() -> None:
     rows = cover()
-    assert len(rows) < 8 * 36 + 120
     assert {(row.arch, row.pair) for row in rows} == set(itertools.product(ARCHS, PAIRS))
-    assert {(row.pair, row.tile) for row in rows} == set(itertools.product(PAIRS, TILES))
-    assert {(row.tile, row.vector) for row in rows} == set(itertools.product(TILES, (True, False)))
+    assert {(row.pair, row.tile) for row in rows} >= {(pair, tile) for pair, tile in itertools.product(PAIRS, (1, 2))}
+    assert {(row.tile, row.vector, row.scale_block) for row in rows if row.tile or row.vector} == {
+        (tile, vector, block)
+        for tile, vector, block in itertools.product(TILES, (True, False), SCALE_BLOCKS)
+        if (vector or not block or tile < 2) and (tile or vector)
+    }
     assert all(row.possible() for row in rows)
 
 
-def test_element_codes_and_modes_all_appear() -> None:
+def test_every_decode_and_mode_appears() -> None:
     jobs = jobs_of("sm_90a")
-    assert {job.stem for job in jobs} == {"portable", "segments", "quantize"}
+    kernels = {path.stem for path in (ROOT / "kernels").glob("*.cu")}
+    assert {job.stem for job in jobs} == kernels - {"stream"}, "stream is the benchmark's own"
     gemms = [job.defines for job in jobs if job.stem == "portable"]
-    codes = {(d["A_ELEMENT"], d["B_ELEMENT"]) for d in gemms}
-    assert codes == set(itertools.product(range(6), range(6)))
-    assert {job.defines["MODE"] for job in jobs if job.stem == "segments"} == {0, 1, 2}
-    assert {job.defines["MODE"] for job in jobs if job.stem == "quantize"} == {0, 1, 2}
+    assert len({(d["A_ELEMENT"], d["A_SCALE"], d["B_ELEMENT"], d["B_SCALE"]) for d in gemms}) == len(PAIRS)
+    assert {d["SCALE_BLOCK"] for d in gemms} == set(SCALE_BLOCKS)
+    modes = {stem: {job.defines["MODE"] for job in jobs if job.stem == stem} for stem in ("segments", "quantize", "block_quantize", "rows")}
+    assert modes == {"segments": {0, 1, 2}, "quantize": {0, 1}, "block_quantize": {0, 1}, "rows": {0, 1}}
 
 
 def test_the_list_is_finite() -> None:
     assert max(len(jobs_of(target)) for target in ARCHS) <= MOST_PER_ARCH
-    assert sum(len(jobs_of(target)) for target in ARCHS) <= 1000, "the test below would take too long"
+    assert sum(len(jobs_of(target)) for target in ARCHS) <= 2400, "the test below would take too long"
 
 
 def complaints(job: Job) -> list[str]:

@@ -15,15 +15,15 @@ import pytest
 from conftest import ROOT
 
 ROOMS = (
-    {"errors", "formats", "dlpack", "driver", "arch"},
-    {"arrays", "quantized"},
-    {"problem", "conversion"},
-    {"catalog", "reference"},
-    {"host", "select", "intake", "values"},
+    {"errors", "formats", "scale_layout", "dlpack", "driver", "arch"},
+    {"arrays", "scales", "quantized"},
+    {"problem", "conversion", "rowwise"},
+    {"catalog", "reference", "quantize_reference", "rows_reference"},
+    {"host", "host_product", "select", "intake", "values"},
     {"compile", "tensormap", "packed", "launch"},
     {"plan"},
     {"api"},
-    {"", "gemm", "adapters", "layers", "checkpoints", "tune", "cases", "measure", "records", "bench", "demo", "info", "__main__"},
+    {"", "gemm", "adapters", "layers", "checkpoints", "tune", "cases", "calls", "measure", "records", "bench", "demo", "info", "__main__"},
 )
 """Rooms of the package, leaves first: a module imports from its own row and the rows above it. "" is cugemm/__init__.py."""
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}

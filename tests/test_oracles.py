@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 from typing import Any
 
+import format_oracles as formats
 import ml_dtypes
 import numpy as np
 import oracles
@@ -35,11 +36,12 @@ def refused(check: Any, case: Case, out: np.ndarray, dtype: str = "bfloat16") ->
     return str(caught.value)
 
 
-def test_imports_nothing_of_the_library():
-    tree = ast.parse(Path(oracles.__file__).read_text())
+@pytest.mark.parametrize("module", [oracles, formats])
+def test_imports_nothing_of_the_library(module):
+    tree = ast.parse(Path(module.__file__).read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert names == {"__future__", "typing", "ml_dtypes", "numpy"}
+    assert names <= {"__future__", "math", "typing", "ml_dtypes", "numpy", "oracles"}
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------------------
@@ -353,3 +355,92 @@ def test_poison_is_nan_and_embed_keeps_values(element):
         past = np.lib.stride_tricks.as_strided(codes, (2, 4, 6), view.strides)
         assert np.isnan(oracles.decode(past[:, :, 5].copy().view(x.dtype), element)).all()
         assert np.isnan(oracles.decode(past[:, 3].copy().view(x.dtype), element)).all()
+
+
+# --- whole formats ----------------------------------------------------------------------------------------------------------------
+
+
+def test_integers_and_e8m0_are_what_they_say():
+    pairs = np.arange(256, dtype=np.uint8)[:, None]
+    np.testing.assert_array_equal(oracles.decode(pairs, "uint4x2"), np.concatenate([pairs % 16, pairs // 16], axis=1))
+    int4 = pairs.reshape(-1).view(np.int8)
+    np.testing.assert_array_equal(oracles.decode(pairs, "int4x2")[:, 1], int4 >> 4)
+    np.testing.assert_array_equal(oracles.decode(pairs, "int4x2")[:, 0], (int4 << 4).astype(np.int8) >> 4)
+    np.testing.assert_array_equal(oracles.decode(int4, "int8"), int4.astype(float))
+    for element in ("int8", "int4x2", "uint4x2"):
+        low, high = oracles.INTEGERS[element]
+        values = np.arange(low, high + 1)[None].astype(float)
+        np.testing.assert_array_equal(oracles.decode(oracles.encode(values, element), element), values)
+        np.testing.assert_array_equal(oracles.decode(oracles.encode(np.array([[-999.0, 999.0]]), element), element), [[low, high]])
+    np.testing.assert_array_equal(formats.E8M0, np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float64))
+
+
+def test_tiles_by_hand():
+    """Row r, block c of a 128 x 4 tile is byte r % 32 * 16 + r // 32 * 4 + c, tiles row-major; 8 x 4 tiles are row-major inside too."""
+    scale = np.arange(130 * 6, dtype=np.uint16).reshape(130, 6) + 1
+    tiles = formats.tiled(scale, "128x4")
+    assert tiles.shape == (256, 8)
+    for row, block in ((0, 0), (1, 0), (0, 3), (31, 2), (32, 0), (33, 1), (127, 3), (0, 4), (127, 5), (128, 0), (129, 5)):
+        at = (row // 128 * 2 + block // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + block % 4
+        assert tiles.reshape(-1)[at] == scale[row, block]
+    assert (np.sort(tiles, axis=None)[-scale.size :] == scale.reshape(-1)).all()
+    assert np.count_nonzero(tiles) == scale.size
+    small = formats.tiled(scale, "8x4")
+    assert small.shape == (136, 8)
+    for row, block in ((0, 0), (1, 0), (7, 3), (0, 4), (8, 0), (129, 5)):
+        assert small.reshape(-1)[(row // 8 * 2 + block // 4) * 32 + row % 8 * 4 + block % 4] == scale[row, block]
+    np.testing.assert_array_equal(formats.tiled(np.stack([scale, 2 * scale]), "128x4")[1], formats.tiled(2 * scale, "128x4"))
+
+
+def test_values_of_formats_by_hand():
+    ones = np.full((2, 16), 0x22, np.uint8)  # e2m1 1.0 twice a byte
+    scale = np.array([[0x38, 0x40], [0xC0, 0x7F]], np.uint8)  # 1, 2, -2, NaN
+    tensor = np.array([[0.5], [4.0]], np.float32)
+    got = formats.values("nvfp4_row", ones, scale, tensor)
+    np.testing.assert_array_equal(got[:, [0, 15, 16, 31]], [[0.5, 0.5, 1, 1], [-8, -8, np.nan, np.nan]])
+    stack = formats.values("nvfp4", np.stack([ones, ones]), np.stack([scale, scale]), np.array([1.0, 3.0], np.float32))
+    np.testing.assert_array_equal(stack[1, 0, [0, 31]], [3, 6])
+    zero = formats.values("uint4_g32", np.full((1, 17), 0x9F, np.uint8), np.array([[2.0, 4.0]]), None, np.array([[10, 15]], np.uint8))
+    np.testing.assert_array_equal(zero[0, [0, 1, 31, 32, 33]], [10, -2, -2, 0, -24])
+    block = formats.values("mxfp8", np.ones((1, 33), ml_dtypes.float8_e4m3fn), np.array([[0, 254]], np.uint8))
+    np.testing.assert_array_equal(block[0, [0, 31, 32]], [2.0**-127, 2.0**-127, 2.0**127])
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_exact_pairs_are_exact_in_14_bits(name):
+    """Every partial sum, scales and all, is a whole number of its grid below 2**14."""
+    for b in ("bf16", name):
+        pair = formats.make(3, 20, 6, 256, name if not formats.FORMATS[name].zero else "nvfp4", b, exact=True)
+        a, w = (x.values / (1 if x.tensor is None else x.tensor.astype(float)) for x in (pair.a, pair.b))
+        late = [x.scale if x.kind.scale == "fp32" and x.kind.block[1] == 0 else None for x in (pair.a, pair.b)]
+        a, w = (x if s is None else x / s.astype(float) for x, s in zip((a, w), late, strict=True))
+        products = a[:, None] * w[None]
+        units = products * 16
+        assert (units == np.rint(units)).all()
+        assert np.abs(np.cumsum(units, axis=-1)).max() < 2**14
+        assert np.abs(units).sum(axis=-1).max() < 2**14
+
+
+def test_wrong_readings_of_formats_are_refused():
+    """The bugs that kernels of these formats have: each changes the answer of an exact case and of a random one."""
+    for exact in (True, False):
+        pair = formats.make(5, 33, 40, 256, "nvfp4", "uint4_g64", exact=exact)
+        a, b = pair.a, pair.b
+        wrong = {
+            "nibbles swapped": (a._replace(data=a.data >> 4 | a.data << 4), b),
+            "scale of the next block": (a._replace(scale=np.roll(a.scale, 1, axis=-1)), b),
+            "scale of the next row": (a._replace(scale=np.roll(a.scale, 1, axis=-2)), b),
+            "second scale left out": (a._replace(tensor=np.ones_like(a.tensor) * 2 * a.tensor), b),
+            "zero points left out": (a, b._replace(zero=np.zeros_like(b.zero))),
+            "zero points of the next row": (a, b._replace(zero=np.roll(b.zero, 1, axis=-2))),
+            "tiles read as linear": (
+                a._replace(scale=formats.tiled(a.scale, "128x4").reshape(-1)[: a.scale.size].reshape(a.scale.shape)),
+                b,
+            ),
+        }
+        check = oracles.check_exact if exact else oracles.check_random
+        for name, sides in wrong.items():
+            bad = formats.answer(*(x._replace(values=formats.values(*x[:5])) for x in sides), repro=name)
+            with pytest.raises(AssertionError):
+                check(pair.case, store(bad.exact, "bfloat16"), "bfloat16")
+        check(pair.case, store(pair.case.exact, "bfloat16"), "bfloat16")

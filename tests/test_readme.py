@@ -38,13 +38,14 @@ def run(*command: str) -> str:
 
 
 def test_the_readme_has_an_example_for_each_framework() -> None:
-    assert sorted(EXAMPLES) == ["cupy", "jax", "numpy", "torch"]
+    assert sorted(EXAMPLES) == ["cupy", "formats", "jax", "numpy", "torch"]
 
 
 @pytest.mark.parametrize(
     "name",
     [
         "numpy",
+        "formats",
         pytest.param("torch", marks=pytest.mark.requires("torch")),
         pytest.param("jax", marks=pytest.mark.requires("jax")),
         pytest.param("cupy", marks=pytest.mark.gpu),

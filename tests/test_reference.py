@@ -9,14 +9,15 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import format_oracles as formats
 import ml_dtypes
 import numpy as np
 import oracles
 import pytest
 
-from cugemm import reference
+from cugemm import quantize_reference, reference
 from cugemm.formats import ELEMENTS, FORMATS
-from cugemm.reference import Groups, experts_from_segments
+from cugemm.reference import Groups, experts_from_segments, segments_of
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -80,7 +81,7 @@ def test_cast_equals_torch_on_every_16_bit_value(source, element):
     golden = load("casts")
     x = np.arange(65536, dtype=np.uint16).view(oracles.dtype_of(oracles.ENCODINGS[source].dtype))
     fmt = next(f for f in FORMATS.values() if f.element.name == element)
-    data = reference.cast(x, fmt).view(np.uint8)
+    data = quantize_reference.cast(x, fmt).view(np.uint8)
     nan = np.isnan(x.astype(np.float32))
     np.testing.assert_array_equal(data[~nan], golden[f"{source}_{element}_clamped"][~nan])
     assert (data[nan] == 0x7F).all()
@@ -102,7 +103,7 @@ def test_quantize_equals_torch_bit_for_bit():
         fmt = next(f for f in FORMATS.values() if f.element.name == element and f.block == kinds[kind])
         x = golden[case].view(oracles.dtype_of(oracles.ENCODINGS[case[:4]].dtype))
         for source in (x, oracles.embed(x), oracles.embed(x, transposed=True)):
-            data, scale = reference.quantize(source, fmt)
+            data, scale = quantize_reference.quantize(source, fmt)
             oracles.check_bits(data, golden[name].view(oracles.dtype_of(fmt.element.dtype)), name)
             oracles.check_bits(scale, golden[name.replace("/data", "/scale")].view(np.float32), name)
         checked += 1
@@ -219,6 +220,68 @@ def test_groups():
     assert not reference.gemm(a, case.b[:0], a_element="bf16", b_element="bf16", groups=Groups(case.expert)).any()
 
 
+# --- whole formats ----------------------------------------------------------------------------------------------------------------
+
+
+def of_formats(pair: formats.Pair, out_dtype: str = "float32", **options: Any) -> np.ndarray:
+    """The call for two operands of `format_oracles`, b as [.., k, n]."""
+    a, b = pair.a, pair.b
+
+    def turned(x: Any) -> Any:
+        return x if x is None or x.ndim < 2 else x.swapaxes(-1, -2)
+
+    return reference.gemm(
+        a.data, turned(b.data), a_element=a.kind.element, b_element=b.kind.element, a_scale=a.scale, b_scale=turned(b.scale),
+        a_block=a.kind.block, b_block=b.kind.block[::-1], a_scale_element=a.kind.scale.replace("fp32", ""),
+        b_scale_element=b.kind.scale.replace("fp32", ""), a_tensor=a.tensor, b_tensor=turned(b.tensor), b_zero=turned(b.zero),
+        alpha=pair.case.alpha, bias=options.pop("bias", pair.bias), out_dtype=out_dtype, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tile", [2048, 16, 15])
+def test_formats(tile, monkeypatch):
+    """Byte scales, second scales, zero points and packed integers, with tiles that cut blocks and pairs."""
+    monkeypatch.setattr(reference, "TILE", tile)
+    for i, b in enumerate(formats.FORMATS):
+        for a in ("bf16", "nvfp4_row", "mxfp8", "int4_g32"):
+            for batch in ((), (2,)):
+                pair = formats.make(i, 17, 19, 70, a, b, exact=True, batch=batch, bias=True, alpha=-2.0)
+                oracles.check_exact(pair.case, of_formats(pair), "float32")
+                pair = formats.make(i, 3, 5, 200, a, b, exact=False, batch=batch)
+                oracles.check_random(pair.case, of_formats(pair), "float32")
+
+
+def test_counts_and_biases():
+    pair = formats.make(3, 9, 7, 64, "mxfp4", "e4m3", exact=True, batch=(4,))
+    bias = np.arange(28, dtype=np.float32).reshape(4, 7)
+    for counts in ([0, 3, 9, 1], [-5, 99, 2**40, 0]):
+        for given in (None, bias[1], bias):
+            case = formats.answer(pair.a, pair.b, counts=np.array(counts), bias=given)
+            oracles.check_exact(case, of_formats(pair, counts=np.array(counts), bias=given), "float32")
+    pair = formats.make(4, 9, 7, 64, "bf16", "e4m3", exact=True, experts=4)
+    expert = np.array([0, 3, -1, 2, 2, 4, 1, 0, 9])
+    case = formats.answer(pair.a, pair.b, expert=expert, bias=bias)
+    oracles.check_exact(case, of_formats(pair, groups=Groups(expert), bias=bias), "float32")
+    pair = formats.make(5, 4, 7, 64, "bf16", "e4m3", exact=True)
+    oracles.check_exact(formats.answer(pair.a, pair.b, bias=bias), of_formats(pair, bias=bias), "float32")
+
+
+def test_nan_scale_codes_reach_zeros_and_large_values_are_inf():
+    zeros, one = np.zeros((1, 32), ml_dtypes.float8_e4m3fn), np.ones((32, 1), ml_dtypes.float8_e4m3fn)
+    how = {"a_element": "e4m3", "b_element": "e4m3", "out_dtype": "float32", "a_block": (1, 32), "a_scale_element": "e8m0"}
+    assert np.isnan(reference.gemm(zeros, one, a_scale=np.array([[255]], np.uint8), **how)).all()
+    assert reference.gemm(zeros, one, a_scale=np.array([[254]], np.uint8), **how) == 0
+    large = zeros.copy()
+    large[0, 3] = -2
+    assert reference.gemm(large, one, a_scale=np.array([[254]], np.uint8), **how) == -np.inf  # -2**128, which no float32 is
+    assert reference.gemm(large, one, a_scale=np.array([[253]], np.uint8), **how) == -(2.0**127)
+    assert reference.gemm(large, one, a_scale=np.array([[0]], np.uint8), **how) == -(2.0**-126)
+    packed = np.zeros((1, 8), np.uint8)
+    how = {"a_element": "e2m1x2", "b_element": "e4m3", "out_dtype": "float32", "a_block": (1, 16), "a_scale_element": "e4m3"}
+    for code, wanted in ((0x7F, np.nan), (0xFF, np.nan), (0x7E, 0.0)):
+        np.testing.assert_array_equal(reference.gemm(packed, one[:16], a_scale=np.array([[code]], np.uint8), **how), [[wanted]])
+
+
 # --- special values and rounding --------------------------------------------------------------------------------------------------
 
 
@@ -327,9 +390,17 @@ def test_experts_from_segments(m, options, want):
         np.testing.assert_array_equal(got, want)
 
 
+def test_segments_of():
+    for options in ({"indptr": [1, 3, 3, 5]}, {"lens": [1, 2, 0, 2]}):
+        starts, segment = segments_of(6, **{name: np.array(x, np.int32) for name, x in options.items()})
+        first = [1, 3, 3] if "indptr" in options else [0, 1, 3, 3]
+        assert starts.tolist() == first
+        assert segment.tolist() == ([-1, 0, 0, 2, 2, -1] if "indptr" in options else [0, 1, 1, 3, 3, -1])
+
+
 # --- quantisation -----------------------------------------------------------------------------------------------------------------
 
-FP8_FORMATS = [f for f in FORMATS.values() if f.element.bits == 8]
+FP8_FORMATS = [f for f in FORMATS.values() if f.name.startswith("fp8_")]
 
 
 @pytest.mark.parametrize("fmt", FP8_FORMATS, ids=lambda f: f.name)
@@ -338,7 +409,7 @@ def test_quantize_shapes_and_round_trip(fmt):
     rng = np.random.default_rng(10)
     for shape in ((1, 1), (3, 7), (129, 127), (2, 17, 300), (0, 5), (5, 0), (0, 3, 4)):
         x = rng.standard_normal(shape).astype(np.float32)
-        data, scale = reference.quantize(x, fmt)
+        data, scale = quantize_reference.quantize(x, fmt)
         assert data.shape == shape
         assert data.dtype.name == fmt.element.dtype
         assert scale.dtype == np.float32
@@ -346,7 +417,7 @@ def test_quantize_shapes_and_round_trip(fmt):
         want = (*shape[:-2], 1 if gm == 0 else -(-m // gm), 1 if gk == 0 else -(-k // gk))
         assert scale.shape == ((1,) if fmt.block == (0, 0) else want)
         for dtype in OUTS:
-            back = reference.dequantize(data, scale, fmt, dtype)
+            back = quantize_reference.dequantize(data, scale, fmt, dtype)
             assert back.shape == shape
             assert back.dtype.name == dtype
             full = oracles.dequantised(oracles.decode(data, fmt.element.name), scale, fmt.block)
@@ -355,30 +426,30 @@ def test_quantize_shapes_and_round_trip(fmt):
         if x.size:
             amax = np.abs(x).max()
             half_step = amax * (2.0**-4 if fmt.element.name == "e4m3" else 2.0**-3)
-            assert (np.abs(reference.dequantize(data, scale, fmt) - x) <= half_step).all()
+            assert (np.abs(quantize_reference.dequantize(data, scale, fmt) - x) <= half_step).all()
 
 
 @pytest.mark.parametrize("fmt", FP8_FORMATS, ids=lambda f: f.name)
 def test_quantize_special_values(fmt):
     largest = np.float32(fmt.element.max)
     nan = np.full((2, 3), np.nan, np.float32)
-    data, scale = reference.quantize(nan, fmt)
+    data, scale = quantize_reference.quantize(nan, fmt)
     assert (data.view(np.uint8) == 0x7F).all()
     assert (scale == np.float32(1e-12) / largest).all()
-    data, scale = reference.quantize(-nan, fmt)
+    data, scale = quantize_reference.quantize(-nan, fmt)
     assert (data.view(np.uint8) == 0x7F).all()
     x = np.array([[1, -np.inf, np.nan, -2, 0]], np.float32)
-    data, scale = reference.quantize(x, fmt)
+    data, scale = quantize_reference.quantize(x, fmt)
     assert (scale == np.inf).all()
     np.testing.assert_array_equal(data.view(np.uint8), [[0, 0x7F, 0x7F, 0x80, 0]])
-    assert np.isnan(reference.dequantize(data, scale, fmt)).all()  # 0 * inf: the damage shows
-    data, scale = reference.quantize(np.zeros((1, 4), np.float32), fmt)
+    assert np.isnan(quantize_reference.dequantize(data, scale, fmt)).all()  # 0 * inf: the damage shows
+    data, scale = quantize_reference.quantize(np.zeros((1, 4), np.float32), fmt)
     assert not data.view(np.uint8).any()
-    assert (reference.dequantize(data, scale, fmt) == 0).all()
-    data, _ = reference.quantize(np.full((1, 4), -3.4028235e38, np.float32), fmt)
+    assert (quantize_reference.dequantize(data, scale, fmt) == 0).all()
+    data, _ = quantize_reference.quantize(np.full((1, 4), -3.4028235e38, np.float32), fmt)
     assert (data.astype(np.float32) == -largest).all()
     np.testing.assert_array_equal(
-        reference.cast(np.array([np.inf, -np.inf, 1e9, -0.0], np.float32), fmt).astype(np.float32), [largest, -largest, largest, 0]
+        quantize_reference.cast(np.array([np.inf, -np.inf, 1e9, -0.0], np.float32), fmt).astype(np.float32), [largest, -largest, largest, 0]
     )
 
 
@@ -386,8 +457,8 @@ def test_quantized_product():
     """The way a layer goes: quantise both sides, multiply, compare with the dequantised product."""
     rng = np.random.default_rng(11)
     x, w = rng.standard_normal((37, 300)).astype(ml_dtypes.bfloat16), rng.standard_normal((130, 300)).astype(ml_dtypes.bfloat16)
-    qx, sx = reference.quantize(x, FORMATS["fp8_group"])
-    qw, sw = reference.quantize(w, FORMATS["fp8_block"])
+    qx, sx = quantize_reference.quantize(x, FORMATS["fp8_group"])
+    qw, sw = quantize_reference.quantize(w, FORMATS["fp8_block"])
     y = reference.gemm(
         qx, qw.T, a_element="e4m3", b_element="e4m3", a_scale=sx, a_block=(1, 128), b_scale=sw.T, b_block=(128, 128), out_dtype="float32"
     )

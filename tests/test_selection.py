@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 
 from cugemm import arch, select
 from cugemm.arch import Device
-from cugemm.catalog import KERNELS, portable, quantize
+from cugemm.catalog import KERNELS, portable
 from cugemm.conversion import QuantizeProblem
 from cugemm.errors import NoKernelError
+from cugemm.formats import ALL, FORMATS
 from cugemm.problem import BUCKETS, Problem, bucket
+from cugemm.rowwise import RowsProblem
 
 ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a", "compute_80", "compute_120")
-ELEMENTS = ("bf16", "fp16", "e4m3", "e5m2", "e2m1", "e2m1x2")
+KINDS = (
+    "bf16", "fp16", "e4m3", "e5m2", "e2m1", "e2m1x2", "int8", "int4x2", "e4m3 e8m0", "e5m2 e8m0", "e2m1x2 e8m0", "e2m1x2 e4m3",
+    "uint4x2 zero",
+)  # fmt: skip
+"""Of an operand: its element, and the element of its scales if they are bytes. Zero points go with b."""
+LEFT = KINDS[:-1]
+SCALED = (0, 32, 64, 128)
+"""Values along k under one float scale."""
 SMALL = Device("a MIG slice", 14, 1_410_000, 230.0, 5 << 20, 164 << 10)
 LAPTOP = Device("RTX 3050", 16, 1_500_000, 160.0, 2 << 20, 100 << 10)
 NK = ((1, 1), (7, 13), (128, 128), (4096, 4096), (11008, 4096), (28672, 4096), (7168, 16384), (1, 100_000), (100_000, 1), (4096, 0))
@@ -31,18 +41,21 @@ def grows(prices: list[float]) -> bool:
 def question(
     m: int = 8, n: int = 4096, k: int = 4096, a: str = "bf16", b: str = "bf16", target: str = "sm_90a", *, batch: int = 1,
     grouped: bool = False,
-    majors: tuple[str, str] = ("k", "k"), vector: bool = True, block_scaled: bool = False, out: str = "bfloat16", accumulate: str = "fast",
+    majors: tuple[str, str] = ("k", "k"), vector: bool = True, scale_block: int = 0, out: str = "bfloat16", accumulate: str = "fast",
     backend: str = "auto",
 ) -> Problem:  # fmt: skip
-    return Problem(bucket(m), n, k, batch, grouped, a, b, *majors, vector, block_scaled, out, accumulate, backend, target)
+    (a, _, a_scale), (b, _, b_scale) = a.partition(" "), b.partition(" ")
+    zero = b_scale == "zero"
+    scales = a_scale, "" if zero else b_scale, zero, scale_block
+    return Problem(bucket(m), n, k, batch, grouped, a, b, *scales, *majors, vector, out, accumulate, backend, target)
 
 
 def grid(target: str) -> list[Problem]:
-    """A broad sample: every pair of elements, layout and scale mode; every bucket of m; shapes from 1 to 100,000; batches and groups."""
+    """A broad sample: every pair of kinds, layout and scale mode; every bucket of m; shapes from 1 to 100,000; batches and groups."""
     layouts = [(("k", "k"), True), (("k", "mn"), True), (("mn", "k"), True), (("mn", "mn"), True), (("k", "k"), False)]
     found = [
-        question(8, a=a, b=b, target=target, majors=majors, vector=vector, block_scaled=scaled)
-        for a, b, (majors, vector), scaled in itertools.product(ELEMENTS, ELEMENTS, layouts, (False, True))
+        question(8, a=a, b=b, target=target, majors=majors, vector=vector, scale_block=block)
+        for a, b, (majors, vector), block in itertools.product(LEFT, KINDS, layouts, (0, 32, 128))
     ]
     found += [
         question(m, n, k, a, b, target, batch=batch, grouped=grouped)
@@ -77,12 +90,12 @@ def test_total_and_pure(target: str) -> None:
 @pytest.mark.parametrize("target", ARCHS)
 def test_few_configs_for_a_weight(target: str) -> None:
     """At most 16 configs for one (format, n, k), over every m, layout of a, batch, group and result."""
-    for (a, b), scaled, (n, k) in itertools.product(itertools.product(ELEMENTS, ELEMENTS), (False, True), NK[::4]):
+    for (a, b), block, (n, k) in itertools.product(itertools.product(LEFT, KINDS), SCALED, NK[::4]):
         configs = {
             (kernel.name, config)
             for m, vector, grouped in itertools.product((1, 16, 64, 256, 4374, 100_000), (True, False), (False, True))
             for kernel in KERNELS
-            if kernel.refuse(problem := question(m, n, k, a, b, target, vector=vector, grouped=grouped, block_scaled=scaled)) is None
+            if kernel.refuse(problem := question(m, n, k, a, b, target, vector=vector, grouped=grouped, scale_block=block)) is None
             for config in kernel.candidates(problem)
         }
         assert 1 <= len(configs) <= 16, (a, b, n, k, sorted(map(str, configs)))
@@ -90,7 +103,7 @@ def test_few_configs_for_a_weight(target: str) -> None:
 
 def shared_memory(problem: Problem, config: portable.Config) -> int:
     """sizeof(Smem) of portable.cu: STAGES x (planes of A [BLOCK_M x BLOCK_K] + planes of B [BLOCK_N x BLOCK_K]) of u16, alignas(1024)."""
-    bf16 = "bf16" in (problem.a, problem.b)
+    bf16 = "bf16" in (problem.a, problem.b) or "e8m0" in (problem.a_scale, problem.b_scale)
     planes_a, planes_b = (2 if bf16 and element == "fp16" else 1 for element in (problem.a, problem.b))
     stage = 2 * config.block_k * (planes_a * config.block_m + planes_b * config.block_n)
     return -(-stage * config.stages // 1024) * 1024
@@ -116,7 +129,7 @@ def test_configs_satisfy_the_kernel(target: str) -> None:
             assert c.block_k % 64 == 0
             assert c.stages >= 2
             assert c.threads <= 1024
-            assert not problem.block_scaled or 128 % warp[2] == 0
+            assert not problem.scale_block or problem.scale_block % warp[2] == 0 or warp[2] % problem.scale_block == 0
             assert problem.vector or warp[0] * warp[1] // 32 <= 64
 
 
@@ -151,8 +164,8 @@ def test_more_work_is_never_predicted_faster(device: Device, pair: tuple[str, st
 
 def test_every_candidate_is_priced_monotonically() -> None:
     """Not only the best: more columns never make one config cheaper."""
-    for vector, scaled, n in itertools.product((True, False), (True, False), (128, 4096, 11008)):
-        problem = question(64, n, a="e4m3", b="e4m3", vector=vector, block_scaled=scaled)
+    for vector, block, n in itertools.product((True, False), (0, 128), (128, 4096, 11008)):
+        problem = question(64, n, a="e4m3", b="e4m3", vector=vector, scale_block=block)
         for config in portable.KERNEL.candidates(problem):
             prices = [portable.KERNEL.cost(problem._replace(n=width), config, arch.H100) for width in (n, n + 1, 2 * n, 4 * n)]
             assert grows(prices), prices
@@ -172,7 +185,7 @@ def test_a_small_gpu_is_slower_and_priced_by_its_own_figures() -> None:
 
 def test_refusals_are_listed() -> None:
     choice = select.choose(question(), arch.H100)
-    assert [name for name, _ in choice.refusals] == ["quantize"]
+    assert [name for name, _ in choice.refusals] == [kernel.name for kernel in KERNELS if not kernel.multiplies]
     assert "converts matrices" in str(choice)
     assert "quantize" in str(choice)
     assert "-> portable" in str(choice)
@@ -187,15 +200,31 @@ def test_refusals_are_listed() -> None:
     assert isinstance(raised.value, ValueError)
 
 
-def test_conversions() -> None:
-    for direction, element, x, block in itertools.product(
-        ("quantize", "cast", "dequantize"), ("e4m3", "e5m2"), ("bfloat16", "float16", "float32"), ((0, 0), (1, 0), (1, 128), (128, 128))
-    ):
-        problem = QuantizeProblem(direction, element, x, block, "auto", "sm_90a")
+def conversions() -> Iterator[tuple[str, QuantizeProblem | RowsProblem]]:
+    """(kernel, problem) for every format, direction and dtype."""
+    dtypes = ("bfloat16", "float16", "float32")
+    for fmt, x in itertools.product(FORMATS.values(), dtypes):
+        element = fmt.element.name
+        grouped = fmt.block[0] == 1 and fmt.block[1] != ALL
+        yield "block_quantize" if grouped else "quantize", QuantizeProblem("quantize", element, x, fmt.block, "auto", "sm_90a")
+        yield "quantize", QuantizeProblem("dequantize", element, x, fmt.block, "auto", "sm_90a")
+    for element, x in itertools.product(("e4m3", "e5m2"), dtypes):
+        yield "quantize", QuantizeProblem("cast", element, x, (ALL, ALL), "auto", "sm_90a")
+    for x in ("uint8", "bfloat16"):
+        yield "quantize", QuantizeProblem("interleave", "", x, (1, 1), "auto", "sm_90a")
+    for op, x, out in itertools.product(("combine", "silu_and_mul"), dtypes, dtypes):
+        yield "rows", RowsProblem(op, x, out, "auto", "sm_90a")
+
+
+def test_every_conversion_has_one_kernel() -> None:
+    for wanted, problem in conversions():
         choice = select.choose(problem, arch.H100)
-        assert [r.kernel for r in choice.ranking] == [quantize.KERNEL]
-        assert [name for name, _ in choice.refusals] == ["portable"]
+        assert [r.kernel.name for r in choice.ranking] == [wanted], problem
+        assert {name for name, _ in choice.refusals} == {kernel.name for kernel in KERNELS} - {wanted}
         assert str(problem) in str(choice)
+        old = problem._replace(arch="sm_75")
+        with pytest.raises(NoKernelError, match=rf"on sm_75: .*{wanted}: needs sm_80 or newer"):
+            select.choose(old, SMALL)
     with pytest.raises(NoKernelError, match="backend='portable' was asked for"):
         select.choose(QuantizeProblem("quantize", "e4m3", "float16", (1, 0), "portable"), arch.H100)
 

@@ -16,6 +16,9 @@ import functools
 import importlib
 import itertools
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -358,7 +361,26 @@ def _execute(frame: list[int], on_gpu: bool) -> None:
     views = tuple([None if form is None else form.view(pointers, device) for form in known.arguments])
     outputs = tuple([form.view(pointers, device) for form in known.outputs])
     workspaces = tuple([form.view(pointers, device) for form in known.workspaces])
-    launch.run_views(known.op, views, known.options, outputs, workspaces, stream)
+    with nullcontext() if on_gpu else _ieee():
+        launch.run_views(known.op, views, known.options, outputs, workspaces, stream)
+
+
+@contextmanager
+def _ieee() -> Iterator[None]:
+    """Subnormals count inside: XLA's CPU threads flush them to zero, and the reference must give the same bits everywhere."""
+    if not _libm:
+        yield
+        return
+    before = ctypes.create_string_buffer(256)  # fenv_t of any platform
+    _libm[0].fegetenv(before)
+    _libm[0].fesetenv(ctypes.c_void_p(-1))  # FE_DFL_ENV
+    try:
+        yield
+    finally:
+        _libm[0].fesetenv(before)
+
+
+_libm = [ctypes.CDLL("libm.so.6")] if sys.platform == "linux" else []
 
 
 class _Form(NamedTuple):

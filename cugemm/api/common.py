@@ -7,7 +7,7 @@ from typing import Any
 
 from cugemm.arrays import dtype_name, framework_of
 from cugemm.catalog import KERNELS
-from cugemm.formats import ALL, BF16, FP16, Format
+from cugemm.formats import ALL, BF16, FP16, FP32, Format
 from cugemm.launch import run
 from cugemm.problem import GemmOp, GemmOptions
 from cugemm.quantized import Quantized
@@ -52,32 +52,48 @@ def product(
     options: GemmOptions,
     a_scale: Any = None,
     b_scale: Any = None,
+    a_tensor: Any = None,
+    b_tensor: Any = None,
     alpha: Any = None,
     bias: Any = None,
+    segments: Any = None,
+    experts: Any = None,
+    rows: Any = None,
     out: Any = None,
 ) -> Any:
-    """Run a product; a Quantized operand brings its scale and format along."""
+    """Run a product; a Quantized operand brings its scales and format along."""
+    zero = None
     if type(a) is Quantized:
         if a_scale is not None:
             raise TypeError(f"{op.name}: {op.roles[0]} is a Quantized, which has its own scale; drop {op.roles[2]}.")
         _check_axis(op, 0, a, a.ndim - 1)
-        a, a_scale, options = a.data, a.scale, _with_a(options, a.format)
+        if a.zero is not None:
+            raise TypeError(f"{op.name}: {op.roles[0]} is {a!r}; zero points go with {op.roles[1]} only: dequantise it, or use int4.")
+        a_tensor = a.tensor_scale if a_tensor is None else a_tensor
+        a, a_scale, options = a.data, a.scale, _with_a(options, a.format, a.scale_layout)
     if type(b) is Quantized:
         if b_scale is not None:
             raise TypeError(f"{op.name}: {op.roles[1]} is a Quantized, which has its own scale; drop {op.roles[3]}.")
         _check_axis(op, 1, b, b.ndim - (2 if options.b_axes == "kn" else 1))
-        b, b_scale, options = b.data, b.scale, _with_b(options, b.format)
-    return run(op, (a, b, a_scale, b_scale, alpha, bias, None, None, out), options)
+        b_tensor, zero = b.tensor_scale if b_tensor is None else b_tensor, b.zero
+        b, b_scale, options = b.data, b.scale, _with_b(options, b.format, b.scale_layout)
+    return run(op, (a, b, a_scale, b_scale, a_tensor, b_tensor, zero, alpha, bias, segments, experts, rows, out), options)
 
 
 @functools.lru_cache(maxsize=4096)
-def _with_a(options: GemmOptions, fmt: Format) -> GemmOptions:
-    return options._replace(a_element=fmt.element.name, a_block=fmt.block, a_scale_axes="mk")
+def _with_a(options: GemmOptions, fmt: Format, layout: str) -> GemmOptions:
+    scale = "" if fmt.scale is FP32 else fmt.scale.name
+    return options._replace(
+        a_element=fmt.element.name, a_block=fmt.block, a_scale_axes="mk", a_scale_element=scale, a_scale_layout=layout
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
-def _with_b(options: GemmOptions, fmt: Format) -> GemmOptions:
-    return options._replace(b_element=fmt.element.name, b_block=fmt.block, b_scale_axes="")
+def _with_b(options: GemmOptions, fmt: Format, layout: str) -> GemmOptions:
+    scale = "" if fmt.scale is FP32 else fmt.scale.name
+    return options._replace(
+        b_element=fmt.element.name, b_block=fmt.block, b_scale_axes="", b_scale_element=scale, b_scale_layout=layout
+    )  # fmt: skip
 
 
 def _check_axis(op: GemmOp, position: int, q: Quantized, wanted: int) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from cugemm.api.common import gemm_options, shape_of
+from cugemm.api.common import gemm_options, product, shape_of
 from cugemm.arrays import is_scalar
-from cugemm.launch import run
-from cugemm.problem import FLOATS8, FLOATS16, product
+from cugemm.problem import FLOATS8, FLOATS16
+from cugemm.problem import product as register
 
 _ELEMENTS = (*FLOATS16, *FLOATS8)
 _ROLES = {"a": "x", "b": "weights", "experts": "weight_indices"}
-_BY_INDEX = product("SegmentGEMMWrapper.forward", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "expert_indices"})
-_BY_INDPTR = product("SegmentGEMMWrapper.run", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "seg_indptr"})
-_BY_LENS = product("SegmentGEMMWrapper.run(seg_lens)", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "seg_lens"})
+_BY_INDEX = register("SegmentGEMMWrapper.forward", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "expert_indices"})
+_BY_INDPTR = register("SegmentGEMMWrapper.run", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "seg_indptr"})
+_BY_LENS = register("SegmentGEMMWrapper.run(seg_lens)", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "seg_lens"})
 
 
 class SegmentGEMMWrapper:
@@ -104,6 +104,6 @@ class SegmentGEMMWrapper:
         options = gemm_options(
             op, out_dtype, self._backend, ("sm80", "sm90"), b_axes="nk" if weight_column_major else "kn", segments=kind
         )  # fmt: skip
-        return run(op, (x, weights, None, None, None, None, segments, weight_indices, out), options)
+        return product(op, x, weights, options, segments=segments, experts=weight_indices, out=out)
 
     forward = run

@@ -9,11 +9,16 @@ from cugemm import arch
 from cugemm.arch import Device
 from cugemm.catalog import segments
 from cugemm.catalog.step import NULL, Step, Zero
-from cugemm.formats import BF16, BY_DTYPE, ELEMENTS, FP16
-from cugemm.problem import A_SCALE, ALPHA, B_SCALE, BIAS, OUT, A, B, GemmCall, Problem, Scale, ceil_div
+from cugemm.formats import ALL, BF16, BY_DTYPE, E8M0, ELEMENTS, FP16
+from cugemm.problem import A_SCALE, A_TENSOR, ALPHA, B_SCALE, B_TENSOR, BIAS, OUT, ZERO, A, B, GemmCall, Problem
+from cugemm.scale_layout import TILE_ROWS, padded
+from cugemm.scales import Scale, ceil_div
 
-_TAIL = struct.Struct("<5i16q8i")
+_TAIL = struct.Struct("<7i10q" + "3q6i" * 5 + "2q4i")
 """`Args` of the kernel behind its pointers and by-value floats."""
+_ZERO = 100
+"""`kZero` of the kernel: B_SCALE where b has zero points."""
+_PLACES = {"": 0, "flat": 1, "pad4": 4, "pad128": 128}
 
 
 class Config(NamedTuple):
@@ -112,24 +117,39 @@ class Portable:
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
         problem = call.problem
-        before, indptr, row_map, expert_map = segments.steps(call)
+        groups = segments.steps(call)
         grid = _grid(problem._replace(batch=call.batch), call.m, config)
-        # NOTE: a sum over nothing is 0 whatever the scales are, and 0 * inf would not be.
-        a_scale, b_scale = (A_SCALE, B_SCALE) if call.k else (NULL, NULL)
-        pointers = (A, B, OUT, a_scale, b_scale, ALPHA, BIAS, indptr, row_map, expert_map)
-        scalars = (A_SCALE, B_SCALE, ALPHA)
+        # A scale that varies along k goes to the main loop, with the tensor scale behind it; any other is the last factor itself.
+        a_scale, a_outer = (A_SCALE, A_TENSOR) if _inner(call.a_scale) else (NULL, A_SCALE)
+        b_scale, b_outer = (B_SCALE, B_TENSOR) if _inner(call.b_scale) else (NULL, B_SCALE)
+        scalars = (a_outer, b_outer, ALPHA)
+        if call.k == 0:  # NOTE: a sum over nothing is 0 whatever the scales are, and 0 * inf would not be.
+            a_scale = b_scale = a_outer = b_outer = NULL
+            scalars = (NULL, NULL, ALPHA)
+        pointers = (
+            A, B, OUT, a_scale, b_scale, a_outer, b_outer, ZERO, ALPHA, BIAS, groups.indptr, groups.row_map, groups.expert_map, groups.rows
+        )  # fmt: skip
         gemm = Step(self.name, _defines(problem, config), grid, config.threads, _smem(problem, config), pointers, scalars, _tail(call))
-        return (*before, gemm)
+        return (*groups.steps, gemm)
+
+
+def _inner(scale: Scale | None) -> bool:
+    return scale is not None and (bool(scale.element) or scale.by_k)
+
+
+def _bf16(problem: Problem) -> bool:
+    """Whether tiles hold bf16, which power-of-two scales need too; else fp16."""
+    return BF16.name in (problem.a, problem.b) or E8M0.name in (problem.a_scale, problem.b_scale)
 
 
 def _planes(problem: Problem) -> int:
-    """MMAs per product: fp16 beside bf16 is split in two."""
-    return 2 if {problem.a, problem.b} == {BF16.name, FP16.name} else 1
+    """MMAs per product: fp16 among bf16 tiles is split in two."""
+    return 2 if _bf16(problem) and FP16.name in (problem.a, problem.b) else 1
 
 
 def _work(problem: Problem) -> str:
     """Key into the times of a tile."""
-    if problem.block_scaled:
+    if problem.scale_block:
         return "block"
     passed = [e in (BF16.name, FP16.name) for e in (problem.a, problem.b)]
     return "plain" if all(passed) else "mixed" if any(passed) else "decoded"
@@ -137,9 +157,12 @@ def _work(problem: Problem) -> str:
 
 def _tiles(problem: Problem) -> tuple[_Tile, ...]:
     if not problem.vector:
-        return (_MEDIUM_ANY, _SMALL_ANY) if problem.block_scaled else (_LARGE_ANY, _MEDIUM_ANY, _SMALL_ANY)
-    if problem.block_scaled and {problem.a, problem.b} <= {BF16.name, FP16.name}:
+        return (_MEDIUM_ANY, _SMALL_ANY) if problem.scale_block else (_LARGE_ANY, _MEDIUM_ANY, _SMALL_ANY)
+    plain_operands = {problem.a, problem.b} & {BF16.name, FP16.name}
+    if problem.scale_block and plain_operands >= {problem.a, problem.b}:
         return (_MEDIUM_ANY, _SMALL)  # cp.async's addresses or a second plane, beside a second set of sums: fewer of them in each thread
+    if 0 < problem.scale_block < 64 and not plain_operands:
+        return (_MEDIUM, _SMALL)  # two blocks in a k-step: fragments and two operands on their way live beside both sets of sums
     plain = _work(problem) == "plain" and problem.a == problem.b
     return (_LARGE if plain else _LARGE_DECODING, _MEDIUM, _SMALL)
 
@@ -156,8 +179,8 @@ def _config(problem: Problem, tile: _Tile, limit: int) -> Config:
 
 def _smem(problem: Problem, config: Config) -> int:
     """sizeof(Smem) of the kernel: 16-bit tiles; fp16 beside bf16 takes two planes."""
-    mixed = _planes(problem) == 2
-    rows = config.block_m * (1 + (mixed and problem.a == FP16.name)) + config.block_n * (1 + (mixed and problem.b == FP16.name))
+    bf16 = _bf16(problem)
+    rows = config.block_m * (1 + (bf16 and problem.a == FP16.name)) + config.block_n * (1 + (bf16 and problem.b == FP16.name))
     return ceil_div(rows * config.block_k * 2 * config.stages, 1024) * 1024
 
 
@@ -170,11 +193,13 @@ def _grid(problem: Problem, m: int, config: Config) -> int:
 def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
     return (
         ("A_ELEMENT", ELEMENTS[problem.a].code),
+        ("A_SCALE", ELEMENTS[problem.a_scale].code if problem.a_scale else 0),
         ("B_ELEMENT", ELEMENTS[problem.b].code),
+        ("B_SCALE", ELEMENTS[problem.b_scale].code if problem.b_scale else _ZERO if problem.zero else 0),
         ("A_MAJOR", int(problem.a_major == "mn")),
         ("B_MAJOR", int(problem.b_major == "mn")),
         ("VECTOR", int(problem.vector)),
-        ("SCALE_MODE", int(problem.block_scaled)),
+        ("SCALE_BLOCK", problem.scale_block),
         ("BLOCK_M", config.block_m),
         ("BLOCK_N", config.block_n),
         ("BLOCK_K", config.block_k),
@@ -190,25 +215,36 @@ def _tail(call: GemmCall) -> bytes:
     a_batch, a_row, a_k = call.a_strides
     b_batch, b_column, b_k = call.b_strides
     out_batch, out_row, out_column = call.out_strides
-
-    def scale(s: Scale | None) -> tuple[tuple[int, int, int], int, int]:
-        if s is None:
-            return (0, 0, 0), 1, 0
-        batch, row, k = s.strides
-        return (row, k, batch), max(s.block[0], 1), BY_DTYPE[s.dtype].code
-
-    a_scale, a_scale_rows, a_scale_type = scale(call.a_scale)
-    b_scale, b_scale_columns, b_scale_type = scale(call.b_scale)
+    panel = call.b_panel - 128 * b_k if call.b_panel else 0
 
     def code(dtype: str | None) -> int:
         return BY_DTYPE[dtype].code if dtype else 0
 
+    a_inner, b_inner = _inner(call.a_scale), _inner(call.b_scale)
     return _TAIL.pack(
-        call.m, call.n, call.k, call.batch, call.experts,
-        a_row, a_k, a_batch, b_column, b_k, b_batch, out_row, out_column, out_batch, *a_scale, *b_scale, 0,  # one bias for all
-        a_scale_rows, b_scale_columns, a_scale_type, b_scale_type, code(call.alpha_dtype), code(call.bias_dtype),
-        code(call.problem.out), int(call.problem.grouped),
+        call.m, call.n, call.k, call.batch, call.experts, call.a_rows, call.a_repeat,
+        a_row, a_k, a_batch, b_column, b_k, b_batch, panel, out_row, out_column, out_batch,
+        *_scale(call.a_scale if a_inner else None), *_scale(call.b_scale if b_inner else None),
+        *_scale(call.a_tensor if a_inner else call.a_scale), *_scale(call.b_tensor if b_inner else call.b_scale), *_scale(call.zero),
+        *call.bias_strides, code(call.alpha_dtype), code(call.bias_dtype), code(call.problem.out), _GROUPED.get(call.segments, 1),
     )  # fmt: skip
+
+
+_GROUPED = {"": 0, "masked": 2}
+
+
+def _scale(scale: Scale | None) -> tuple[int, ...]:
+    """`ScaleArgs` of the kernel."""
+    if scale is None:
+        return 0, 0, 0, 0, 1, 0, 1, 0, 0
+    matrix, row, block = scale.strides
+    if scale.layout != "linear":
+        tile = TILE_ROWS[scale.layout]
+        row, block = tile * padded(*scale.shape[1:], scale.layout)[1], 4 * tile
+    rows, k = scale.block
+    kind = ELEMENTS[scale.element].code if scale.element else BY_DTYPE[scale.dtype].code if scale.dtype != "uint8" else 0
+    shift = 30 if k == ALL else k.bit_length() - 1
+    return row, block, matrix, shift, max(rows, 1), kind, TILE_ROWS[scale.layout], _PLACES[scale.rows], 0
 
 
 KERNEL = Portable()

@@ -1,4 +1,4 @@
-"""`kernels/quantize.cu`: fp8 quantisation, the bare cast, and back."""
+"""`kernels/quantize.cu`, `dequantize.cu`, `interleave.cu`: a float scale for an array, row or block of rows; the bare cast; and back."""
 
 from __future__ import annotations
 
@@ -8,23 +8,48 @@ from typing import NamedTuple
 
 from cugemm import arch
 from cugemm.arch import Device
+from cugemm.arrays import itemsize
 from cugemm.catalog.step import NULL, Step, Zero
-from cugemm.conversion import QuantizeCall, QuantizeProblem
-from cugemm.formats import ALL, BY_DTYPE, ELEMENTS, FP32
-from cugemm.problem import ceil_div
+from cugemm.conversion import DATA, DATA_TENSOR, SCALE, ZERO, QuantizeCall, QuantizeProblem, X
+from cugemm.formats import ALL, BY_DTYPE, ELEMENTS
+from cugemm.scale_layout import TILE_ROWS, padded
+from cugemm.scales import ceil_div
 
-_TAIL = struct.Struct("<6q6i")
-_AMAX, _QUANTIZE, _DEQUANTIZE = 0, 1, 2  # MODE of the kernel
+_QUANTIZE_TAIL = struct.Struct("<6q5if")
+_DEQUANTIZE_TAIL = struct.Struct("<3i5q8i")
+_INTERLEAVE_TAIL = struct.Struct("<4q10i")
+_AMAX, _QUANTIZE = 0, 1  # MODE of quantize.cu
 _THREADS = 256
 _PIECE = 16384
 """Values of an array that one CTA takes where the format does not say."""
 
 
 class Config(NamedTuple):
-    threads_per_block: int
+    threads: int
 
     def __str__(self) -> str:
-        return f"{self.threads_per_block} threads per scale"
+        return f"{self.threads} threads a block"
+
+
+class Tiles(NamedTuple):
+    """How CTAs of 256 threads cover rows of pieces (kernels/common/pieces.cuh)."""
+
+    log_pieces: int
+    down: int
+    across: int
+    grid: int
+
+
+def tiles(batch: int, rows: int, pieces: int, *, least: int = 1, most: int = _THREADS) -> Tiles:
+    """Tiles of `least` to `most` pieces along the row, powers of two."""
+    log = (max(least, min(most, pieces)) - 1).bit_length()
+    down, across = max(1, ceil_div(rows, _THREADS >> log)), max(1, ceil_div(pieces, 1 << log))
+    return Tiles(log, down, across, max(batch, 1) * down * across)
+
+
+def one_matrix(call: QuantizeCall) -> tuple[int, int]:
+    """(matrices, rows of each) as the scales have them; one without rows where there is none, as a tensor scale is still written."""
+    return (1, call.batch * call.rows) if call.flat or not call.batch else (call.batch, call.rows)
 
 
 class Quantize:
@@ -36,45 +61,81 @@ class Quantize:
             return "converts matrices, does not multiply them"
         if problem.backend not in ("auto", self.name):
             return f"backend={problem.backend!r} was asked for"
+        if problem.direction == "quantize" and is_grouped(problem):
+            return "quantises with a scale per array, row or block of rows"
         return None if problem.arch in ("", *arch.ARCHS) else "needs sm_80 or newer"
 
     def candidates(self, problem: QuantizeProblem) -> tuple[Config, ...]:
-        return (Config(32 if problem.block == (1, 128) else _THREADS),)
+        return (Config(_THREADS),)
 
     def cost(self, problem: QuantizeProblem, config: Config, device: Device) -> float:
         return 0.0  # one candidate
 
     def steps(self, call: QuantizeCall, config: Config) -> tuple[Step | Zero, ...]:
         direction = call.problem.direction
+        if direction == "interleave":
+            return (_interleave(call),)
         if direction == "dequantize":
-            return (_step(call, config, _DEQUANTIZE, (2, 0, 1, NULL)),)
+            return (_dequantize(call),)
+        data, scale, amax = 4, 5, 6
         if direction == "cast":
-            return (_step(call, config, _QUANTIZE, (0, 1, NULL, NULL)),)
+            return (_quantize(call, _QUANTIZE, (X, data, NULL, NULL)),)
         if call.problem.block != (ALL, ALL):
-            return (_step(call, config, _QUANTIZE, (0, 1, 2, NULL)),)
-        return (Zero(3, 4, 4, 1), _step(call, config, _AMAX, (0, NULL, NULL, 3)), _step(call, config, _QUANTIZE, (0, 1, 2, 3)))
+            return (_quantize(call, _QUANTIZE, (X, data, scale, NULL)),)
+        return (Zero(amax, 4, 4, 1), _quantize(call, _AMAX, (X, NULL, NULL, amax)), _quantize(call, _QUANTIZE, (X, data, scale, amax)))
 
 
-def _step(call: QuantizeCall, config: Config, mode: int, pointers: tuple[int, int, int, int]) -> Step:
-    """pointers: positions of x, data, scale, amax."""
+def is_grouped(problem: QuantizeProblem) -> bool:
+    """Whether a scale covers a part of one row."""
+    return problem.block[0] == 1 and problem.block[1] != ALL
+
+
+def _quantize(call: QuantizeCall, mode: int, pointers: tuple[int, int, int, int]) -> Step:
     problem = call.problem
     rows, cols = call.block
-    if problem.block == (ALL, ALL) or problem.direction == "cast":  # no block carries a scale of its own: they only divide the work
+    shared = problem.block == (ALL, ALL) or problem.direction == "cast"  # no block has a scale of its own: they only divide the work
+    if shared:
+        cols = max(1, min(call.cols, _PIECE))
         rows = max(1, _PIECE // cols)
     blocks = call.batch * ceil_div(call.rows, rows) * ceil_div(call.cols, cols)
     if problem.direction == "quantize" and mode == _QUANTIZE:  # every scale is written, also that of an empty array
-        blocks = math.prod(call.outputs[1][0]) if problem.block != (ALL, ALL) else max(blocks, 1)
+        blocks = max(blocks, 1) if shared else math.prod(call.outputs[1][0])
     batch_count, row_count = (call.batch, call.rows) if call.batch else (1, 0)
-    defines = (
-        ("MODE", mode),
-        ("ELEMENT", ELEMENTS[problem.element].code),
-        ("X_ELEMENT", BY_DTYPE[problem.x].code),
-        ("THREADS_PER_BLOCK", config.threads_per_block),
-    )
+    defines = (("MODE", mode), ("ELEMENT", ELEMENTS[problem.element].code), ("X_ELEMENT", BY_DTYPE[problem.x].code))
     batch, row, column = call.x_strides
     scale_batch, scale_row, scale_column = call.scale_strides
-    tail = _TAIL.pack(row, column, batch, scale_row, scale_column, scale_batch, row_count, call.cols, batch_count, rows, cols, FP32.code)
-    return Step("quantize", defines, ceil_div(blocks * config.threads_per_block, _THREADS), _THREADS, 0, pointers, (), tail)
+    tail = _QUANTIZE_TAIL.pack(
+        row, column, batch, scale_row, scale_column, scale_batch, row_count, call.cols, batch_count, rows, cols, call.eps
+    )  # fmt: skip
+    return Step("quantize", defines, blocks, _THREADS, 0, pointers, (), tail)
+
+
+def _dequantize(call: QuantizeCall) -> Step:
+    matrices, rows = one_matrix(call)
+    pieces = ceil_div(call.width, 8)
+    grid = tiles(matrices, rows, pieces)
+    scale_rows, scale_blocks = padded(rows, ceil_div(call.width, call.block[1]), call.layout)
+    matrix, row, block = call.scale_strides
+    if call.layout != "linear":
+        matrix = scale_rows * scale_blocks
+    elements = (call.problem.element, call.scale, BY_DTYPE[call.problem.x].name)
+    defines = tuple(zip(("ELEMENT", "SCALE", "X_ELEMENT"), (ELEMENTS[name].code for name in elements), strict=True))
+    tail = _DEQUANTIZE_TAIL.pack(
+        rows, call.width, call.rows, matrix, row, block, *(call.tensor.strides if call.tensor else (0, 0)),
+        grid.log_pieces, grid.down, grid.across, *call.block, scale_blocks, TILE_ROWS[call.layout], 0,
+    )  # fmt: skip
+    return Step("dequantize", defines, grid.grid, _THREADS, 0, (DATA, SCALE, DATA_TENSOR, ZERO, 4), (DATA_TENSOR,), tail)
+
+
+def _interleave(call: QuantizeCall) -> Step:
+    matrices, rows = one_matrix(call)
+    scale_rows, scale_blocks = padded(rows, call.cols, call.layout)
+    grid = tiles(matrices, scale_rows, scale_blocks // 4, most=8)
+    tail = _INTERLEAVE_TAIL.pack(
+        *call.x_strides, scale_rows * scale_blocks, rows, call.cols, call.rows, scale_rows, scale_blocks, TILE_ROWS[call.layout],
+        grid.down, grid.across, grid.log_pieces, 0,
+    )  # fmt: skip
+    return Step("interleave", (("VALUE_BYTES", itemsize(call.problem.x)),), grid.grid, _THREADS, 0, (0, 1), (), tail)
 
 
 KERNEL = Quantize()

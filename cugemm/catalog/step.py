@@ -11,12 +11,16 @@ NULL = -1
 
 
 class Zero(NamedTuple):
-    """Fill `height` rows of `width` bytes, `pitch` bytes apart, with zeros. `pointer`: position in the call's pointer table."""
+    """Fill `height` rows of `width` bytes, `pitch` bytes apart, with zeros, from `offset` bytes behind the pointer.
+
+    `pointer`: position in the call's pointer table.
+    """
 
     pointer: int
     pitch: int
     width: int
     height: int
+    offset: int = 0
 
 
 class Step(NamedTuple):

@@ -1,11 +1,12 @@
 // From operands in global memory, in any format and layout, to 16-bit tiles in shared memory.
 //
-// The including kernel is configured by the macros A_ELEMENT, B_ELEMENT, VECTOR, BLOCK_K and WARPS_*, which this header reads.
+// The including kernel is configured by the macros A_ELEMENT, A_SCALE, B_ELEMENT, B_SCALE, VECTOR, BLOCK_K and WARPS_*, which this header
+// reads. A_SCALE, B_SCALE: what the byte of each block does to the values on their way (see `decode_scale`).
 #pragma once
 #include "common/numbers.cuh"
 
 constexpr int kThreads = 32 * WARPS_M * WARPS_N * WARPS_K;
-constexpr bool kComputeBf16 = A_ELEMENT == kBf16 || B_ELEMENT == kBf16;
+constexpr bool kComputeBf16 = A_ELEMENT == kBf16 || B_ELEMENT == kBf16 || A_SCALE == kE8m0 || B_SCALE == kE8m0;
 static_assert(BLOCK_K % 64 == 0, "the swizzle permutes eight chunks");
 
 // Tiles ----------------------------------------------------------------------------------------------------------------------------
@@ -39,19 +40,51 @@ struct Tile {
 // Operands in global memory --------------------------------------------------------------------------------------------------------
 
 template <int kElement>
-constexpr int kValueBytes = kElement == kBf16 || kElement == kFp16 ? 2 : 1;  // e2m1x2: bytes of a stored pair
+constexpr int kValueBytes = kElement == kBf16 || kElement == kFp16 ? 2 : 1;  // packed: bytes of a stored pair
 
-// One operand of this CTA: rows of A, or columns of B, by k. Row i is at position begin + i, or at map[begin + i].
+// The bytes that belong to blocks of one operand's values: scales or zero points, row-major or in tiles of 128 (or 8) rows x 4 blocks.
+struct BlockBytes {
+    const u8* base;
+    i64 row, block;  // row-major: bytes from one row, one block to the next; tiled: from one row of tiles, one tile to the next
+    i32 tile_rows;   // 1, 128 or 8
+    i32 shift;       // log2 of the values along k in a block
+    i32 begin;       // row of the operand's first row here, -1 where rows are the operand's own
+
+    __device__ __forceinline__ u32 row_offset(i32 r) const {
+        if (tile_rows == 1) return static_cast<u32>(r * row);
+        const i32 inside = tile_rows == 128 ? r % 32 * 16 + r % 128 / 32 * 4 : r % 8 * 4;
+        return static_cast<u32>(r / tile_rows * row) + inside;
+    }
+    __device__ __forceinline__ u32 load(u32 row_offset, i32 at) const {
+        const i64 offset = tile_rows == 1 ? at * block : (at >> 2) * block + (at & 3);
+        return load_global_u8(base + row_offset + offset);
+    }
+};
+
+// One operand of this CTA: rows of A, or columns of B, by k. Its row i belongs to row result_row(i) of the result and lies at row(i):
+// the row that `gather` names, where there is one, else the same, or one row for every `repeat` of the result.
 struct Operand {
     const u8* base;
     i64 row_bytes, k_bytes;  // from one row, one stored value along k to the next
-    const i32* map;
+    i64 panel_bytes;         // 8-bit values: what a step of 128 along k adds to 128 * k_bytes
+    const i32 *map, *gather;
+    i32 repeat, rows;  // `rows` exist
     i32 begin, end, k;
+    BlockBytes blocks;
 
-    __device__ __forceinline__ i32 row(int i) const {  // -1 past the end
+    __device__ __forceinline__ i32 result_row(int i) const {  // -1 past the end
         if (i >= end - begin) return -1;
         return map ? map[begin + i] : begin + i;
     }
+    __device__ __forceinline__ i32 row(int i) const {  // -1 past the end, and where `gather` names no row
+        const i32 r = result_row(i);
+        if (r < 0) return -1;
+        if (!gather) return r / repeat;
+        const i32 source = gather[r];
+        return source >= 0 && source < rows ? source : -1;
+    }
+    __device__ __forceinline__ bool in_order() const { return !map && !gather && repeat == 1; }
+    __device__ __forceinline__ u32 block_row(int i, i32 row) const { return blocks.row_offset(blocks.begin < 0 ? row : blocks.begin + i); }
 };
 
 // The first `bytes` of 16, zeros behind: the end of an operand, where a 16-byte load would read past it.
@@ -99,13 +132,14 @@ struct Chunks : Share<kElement, kMajor, kRows> {
     const u8* base;
     i64 step_bytes;     // kMajor 1: from one k to the next
     u32 start[kFixed];  // kMajor 0: start of each line in units of 16 bytes (the pitch is a multiple)
+    i64 panel_bytes;    // kMajor 0, see Operand
     i32 valid;          // kMajor 0: bit i = line i exists; 1: bytes of every chunk that exist
     i32 k_end;
 
     __device__ __forceinline__ explicit Chunks(const Operand& operand)
-        : base(operand.base), step_bytes(operand.k_bytes), valid(0), k_end(operand.k) {
+        : base(operand.base), step_bytes(operand.k_bytes), panel_bytes(operand.panel_bytes), valid(0), k_end(operand.k) {
         if constexpr (kMajor == 0) {
-            const i32 origin = operand.map ? 0 : operand.begin;
+            const i32 origin = operand.in_order() ? operand.begin : 0;
             base += origin * operand.row_bytes;
 #pragma unroll
             for (int i = 0; i < Base::kItems; ++i) {
@@ -123,7 +157,7 @@ struct Chunks : Share<kElement, kMajor, kRows> {
     __device__ __forceinline__ int bytes(int i, i32 k) const {
         if constexpr (kMajor == 0) {
             const i32 values = k_end - k - this->chunk * Base::kValues;
-            const i32 exist = kElement == kE2m1x2 ? (values + 1) / 2 : values * kValueBytes<kElement>;
+            const i32 exist = kPacked<kElement> ? (values + 1) / 2 : values * kValueBytes<kElement>;
             return valid >> i & 1 ? larger(0, smaller(16, exist)) : 0;
         } else {
             return k + this->line(i) < k_end ? valid : 0;
@@ -131,8 +165,9 @@ struct Chunks : Share<kElement, kMajor, kRows> {
     }
     __device__ __forceinline__ const u8* address(int i, i32 k) const {  // meaningful where bytes() is not 0
         if constexpr (kMajor == 0) {
-            const i32 along = kElement == kE2m1x2 ? k / 2 : k * kValueBytes<kElement>;
-            return base + static_cast<u64>(start[i]) * 16 + (along + this->chunk * 16);
+            const i32 along = (kPacked<kElement> ? k / 2 : k * kValueBytes<kElement>)+this->chunk * 16;
+            const u8* p = base + static_cast<u64>(start[i]) * 16 + along;
+            return Base::kValues == 16 ? p + (along >> 7) * panel_bytes : p;
         } else {
             return base + (k + this->line(i)) * step_bytes;
         }
@@ -187,31 +222,63 @@ __device__ __forceinline__ void put_chunk(u32 at, const u32* v) {
     }
 }
 
-template <int kElement, int kMajor, int kRows, int kPlanes>
+template <int kElement, int kScale, int kMajor, int kRows, int kPlanes>
 struct DecodingLoader {
     static constexpr bool kAsync = false;
     using Target = Tile<kMajor, kRows>;
-    Chunks<kElement, kMajor, kRows> chunks;
-    Chunk raw[Chunks<kElement, kMajor, kRows>::kItems];
+    static_assert(kScale == 0 || kMajor == 0, "a chunk along the rows has a block for each of them");
+    static constexpr int kItems = Chunks<kElement, kMajor, kRows>::kItems;
+    static constexpr int kBlocks = kScale == kE4m3 ? kChunkValues<kElement> / 16 : 1;  // that a chunk's values belong to
+    static constexpr int kBytes = kScale ? kItems : 1;
 
-    __device__ __forceinline__ explicit DecodingLoader(const Operand& operand) : chunks(operand) {}
-    __device__ __forceinline__ void fetch(i32 k, u32) {
+    Chunks<kElement, kMajor, kRows> chunks;
+    const BlockBytes& blocks;
+    Chunk raw[kItems];
+    u32 block_row[kBytes];
+    u32 bytes[kBytes];  // of the blocks of each chunk, first in the low byte
+
+    __device__ __forceinline__ explicit DecodingLoader(const Operand& operand) : chunks(operand), blocks(operand.blocks) {
+        if constexpr (kScale != 0) {
 #pragma unroll
-        for (int i = 0; i < chunks.kItems; ++i) {
-            const int bytes = chunks.bytes(i, k);
-            raw[i] = {};
-            if (bytes == 16)
-                raw[i] = load_global_16(chunks.address(i, k));
-            else if (bytes)
-                raw[i] = load_partial(chunks.address(i, k), bytes);
+            for (int i = 0; i < kItems; ++i) block_row[i] = operand.block_row(chunks.line(i), larger(0, operand.row(chunks.line(i))));
         }
     }
+    __device__ __forceinline__ void fetch(i32 k, u32) {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+            const int exist = chunks.bytes(i, k);
+            raw[i] = {};
+            if (exist == 16)
+                raw[i] = load_global_16(chunks.address(i, k));
+            else if (exist)
+                raw[i] = load_partial(chunks.address(i, k), exist);
+            if constexpr (kScale != 0) {
+                const i32 first = k + chunks.chunk * chunks.kValues;
+                bytes[i] = 0;
+#pragma unroll
+                for (int j = 0; j < kBlocks; ++j)  // an e4m3 block has 16 values, an e8m0 one 32, one with a zero point 2^shift
+                    if (exist && first + 16 * j < chunks.k_end)
+                        bytes[i] |= blocks.load(block_row[i], (first >> block_shift()) + j) << (8 * j);
+            }
+        }
+    }
+    __device__ __forceinline__ int block_shift() const { return kScale == kE4m3 ? 4 : kScale == kE8m0 ? 5 : blocks.shift; }
     __device__ __forceinline__ void fetch_partial(i32, u32) const {}  // fetch does it
     __device__ __forceinline__ void put(u32 tile) const {
 #pragma unroll
-        for (int i = 0; i < chunks.kItems; ++i) {
-            u32 values[kChunkValues<kElement> / 2];
+        for (int i = 0; i < kItems; ++i) {
+            constexpr int kWords = kChunkValues<kElement> / 2;
+            u32 values[kWords];
             decode_chunk<kElement, kComputeBf16>(raw[i], values);
+            if constexpr (kScale != 0) {
+#pragma unroll
+                for (int j = 0; j < kBlocks; ++j) {
+                    const u32 scale = decode_scale<kScale, kComputeBf16>(bytes[i] >> (8 * j) & 0xFF);
+#pragma unroll
+                    for (int w = 0; w < kWords / kBlocks; ++w)
+                        values[j * (kWords / kBlocks) + w] = apply_scale<kScale, kComputeBf16>(values[j * (kWords / kBlocks) + w], scale);
+                }
+            }
 #pragma unroll
             for (int j = 0; j < chunks.kWritten; ++j)
                 put_chunk<kPlanes, Target::kBytes>(tile + Target::offset(chunks.line(i), chunks.chunk * chunks.kWritten + j),
@@ -222,17 +289,19 @@ struct DecodingLoader {
 
 // Any strides: each thread gathers the values of a shared chunk (8 along k) one by one. Neighbouring lanes go along the rows where rows
 // are contiguous, else along k; the tile is k-major either way.
-template <int kElement, int kRows, int kPlanes>
+template <int kElement, int kScale, int kRows, int kPlanes>
 struct GatherLoader {
     static constexpr bool kAsync = false;
     static constexpr int kChunks = BLOCK_K / 8, kItems = kRows * kChunks / kThreads;
-    static constexpr int kStored = kElement == kE2m1x2 ? 4 : 8;  // stored values in a shared chunk
+    static constexpr int kStored = kPacked<kElement> ? 4 : 8;  // stored values in a shared chunk
+    static constexpr int kBytes = kScale ? kItems : 1;
     static_assert(kThreads % kRows == 0 && kThreads % kChunks == 0, "threads share a tile evenly");
 
     Operand operand;
     int line, chunk, line_step, chunk_step;  // item i is chunk + i * chunk_step of line + i * line_step
     i32 row[kItems];
     u32 raw[kItems][kStored];
+    u32 bytes[kBytes];  // of each item's block
 
     __device__ __forceinline__ explicit GatherLoader(const Operand& operand) : operand(operand) {
         const int thread = threadIdx.x;
@@ -251,10 +320,15 @@ struct GatherLoader {
             const i32 first = k + (chunk + i * chunk_step) * 8;
             const i32 exist = row[i] < 0 ? 0 : (operand.k - first + kPerStored - 1) / kPerStored;
             const u8* p = operand.base + row[i] * operand.row_bytes + first / kPerStored * operand.k_bytes;
+            if constexpr (kStored == 8 && kValueBytes<kElement> == 1) p += (first >> 7) * operand.panel_bytes;
 #pragma unroll
             for (int j = 0; j < kStored; ++j, p += operand.k_bytes) {
                 raw[i][j] = 0;
                 if (j < exist) raw[i][j] = kValueBytes<kElement> == 2 ? load_global_u16(p) : load_global_u8(p);
+            }
+            if constexpr (kScale != 0) {
+                const int shift = kScale == kE4m3 ? 4 : kScale == kE8m0 ? 5 : operand.blocks.shift;
+                bytes[i] = exist <= 0 ? 0 : operand.blocks.load(operand.block_row(line + i * line_step, row[i]), first >> shift);
             }
         }
     }
@@ -266,6 +340,11 @@ struct GatherLoader {
 #pragma unroll
             for (int j = 0; j < 4; ++j)
                 values[j] = decode_pair<kElement, kComputeBf16>(raw[i][j * kStored / 4], raw[i][j * kStored / 4 + (kStored == 8)]);
+            if constexpr (kScale != 0) {
+                const u32 scale = decode_scale<kScale, kComputeBf16>(bytes[i]);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) values[j] = apply_scale<kScale, kComputeBf16>(values[j], scale);
+            }
             const u32 at = tile + Tile<0, kRows>::offset(line + i * line_step, chunk + i * chunk_step);
             put_chunk<kPlanes, Tile<0, kRows>::kBytes>(at, values);
         }
@@ -280,10 +359,10 @@ template <class Yes, class No>
 struct Select<false, Yes, No> {
     using Type = No;
 };
-template <int kElement, int kMajor, int kRows, int kPlanes>
+template <int kElement, int kScale, int kMajor, int kRows, int kPlanes>
 struct LoaderOf {
     static constexpr bool kIdentity = kElement == (kComputeBf16 ? kBf16 : kFp16);
-    using Decoding = DecodingLoader<kElement, kMajor, kRows, kPlanes>;
+    using Decoding = DecodingLoader<kElement, kScale, kMajor, kRows, kPlanes>;
     using Vector = typename Select<kIdentity, AsyncLoader<kElement, kMajor, kRows, kPlanes>, Decoding>::Type;
-    using Type = typename Select<VECTOR != 0, Vector, GatherLoader<kElement, kRows, kPlanes>>::Type;
+    using Type = typename Select<VECTOR != 0, Vector, GatherLoader<kElement, kScale, kRows, kPlanes>>::Type;
 };

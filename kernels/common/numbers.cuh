@@ -7,11 +7,26 @@
 #pragma once
 #include "common/ptx.cuh"
 
-enum Element : int { kBf16 = 0, kFp16 = 1, kE4m3 = 2, kE5m2 = 3, kE2m1 = 4, kE2m1x2 = 5, kFp32 = 6 };
+enum Element : int {
+    kBf16 = 0,
+    kFp16 = 1,
+    kE4m3 = 2,
+    kE5m2 = 3,
+    kE2m1 = 4,
+    kE2m1x2 = 5,
+    kFp32 = 6,
+    kInt8 = 7,
+    kInt4x2 = 8,
+    kUint4x2 = 9,
+    kE8m0 = 10
+};
+
+template <int kElement>
+constexpr bool kPacked = kElement == kE2m1x2 || kElement == kInt4x2 || kElement == kUint4x2;  // two codes a byte, low nibble first
 
 // Values in 16 stored bytes.
 template <int kElement>
-constexpr int kChunkValues = kElement == kE2m1x2                        ? 32
+constexpr int kChunkValues = kPacked<kElement>                          ? 32
                              : (kElement == kBf16 || kElement == kFp16) ? 8
                                                                         : 16;
 
@@ -31,13 +46,35 @@ __device__ __forceinline__ u32 multiply_bf16x2(u32 a, u32 b) {
     return r;
 }
 
+__device__ __forceinline__ u32 subtract_fp16x2(u32 a, u32 b) {
+    u32 r;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+__device__ __forceinline__ u32 subtract_bf16x2(u32 a, u32 b) {  // a - 1 * b; sub.bf16x2 came with sm_90
+    u32 r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(b), "r"(0xBF80BF80u), "r"(a));
+    return r;
+}
+
 // 0x8000 in each half whose bits under `mask` are all ones; `step` is the lowest bit of the mask.
 __device__ __forceinline__ u32 all_ones(u32 x, u32 mask, u32 step) { return ((x & mask) + step) & 0x80008000u; }
 
 template <int kElement, bool kToBf16>
 __device__ __forceinline__ u32 decode_spread(u32 x) {
     const u32 sign = x & 0x80008000u;
-    if constexpr (kElement == kE2m1 || kElement == kE2m1x2) {
+    if constexpr (kElement == kInt4x2 || kElement == kUint4x2) {
+        // An integer below 2^7 (2^10) in the low bits of bf16 128 (fp16 1024) adds itself; 8 more make two's complement unsigned.
+        constexpr u32 kOffset = kElement == kInt4x2 ? 0x00080008u : 0;
+        const u32 code = (x >> 12 & 0x000F000Fu) ^ kOffset;
+        return kToBf16 ? subtract_bf16x2(code | 0x43004300u, 0x43004300u | kOffset)
+                       : subtract_fp16x2(code | 0x64006400u, 0x64006400u | kOffset);
+    } else if constexpr (kElement == kInt8) {
+        const u32 code = x >> 8;
+        return kToBf16 ? subtract_bf16x2(code & 0x007F007Fu | 0x43004300u, code & 0x00800080u | 0x43004300u)  // 128 + low bits, 128 or 256
+                       : subtract_fp16x2((code & 0x00FF00FFu ^ 0x00800080u) | 0x64006400u, 0x64806480u);
+    } else if constexpr (kElement == kE2m1 || kElement == kE2m1x2) {
         const u32 magnitude = x & 0x70007000u;
         return kToBf16 ? multiply_bf16x2(sign | (magnitude >> 6), 0x7E807E80u)   // 2^126
                        : multiply_fp16x2(sign | (magnitude >> 3), 0x74007400u);  // 2^14
@@ -84,7 +121,7 @@ __device__ __forceinline__ void decode_chunk(const Chunk& raw, u32 (&values)[kCh
         const u32 word = raw.word[i];
         if constexpr (kElement == kBf16 || kElement == kFp16) {
             values[i] = word;
-        } else if constexpr (kElement == kE2m1x2) {
+        } else if constexpr (kPacked<kElement>) {
             const u32 shifted = word << 4;
 #pragma unroll
             for (int byte = 0; byte < 4; ++byte)  // even k from the shifted word, odd k from the word itself
@@ -95,17 +132,42 @@ __device__ __forceinline__ void decode_chunk(const Chunk& raw, u32 (&values)[kCh
     }
 }
 
-// Two codes as loaded one by one (zero-extended) -> a word of two values. e2m1x2: `first` is the byte of both codes.
+// Two codes as loaded one by one (zero-extended) -> a word of two values. Packed: `first` is the byte of both codes.
 template <int kElement, bool kToBf16>
 __device__ __forceinline__ u32 decode_pair(u32 first, u32 second) {
     if constexpr (kElement == kBf16 || kElement == kFp16) {
         return permute_bytes(first, second, 0x5410);
-    } else if constexpr (kElement == kE2m1x2) {
+    } else if constexpr (kPacked<kElement>) {
         return decode_spread<kElement, kToBf16>(first << 12 | first << 24);
     } else {
         const u32 spread = permute_bytes(first, second, 0x4101);
         return decode_spread<kElement, kToBf16>(kElement == kE2m1 ? spread << 4 : spread);
     }
+}
+
+// What a block's byte does to its values. kScale: kE4m3 and kE8m0 multiply, kZero subtracts a zero point, 0 leaves them.
+// e2m1 * e4m3 has at most six significant bits and is exact in both types. A power of two is exact in bf16 wherever float32 holds the
+// product, but for codes 0..2 (e5m2: 0..9), which round it to bf16's subnormals, off by 2^-134 at most.
+constexpr int kZero = 100;
+
+template <int kScale, bool kToBf16>
+__device__ __forceinline__ u32 decode_scale(u32 code) {  // the same value in both halves
+    if constexpr (kScale == kE4m3) {
+        return decode_spread<kE4m3, kToBf16>(code << 8 | code << 24);
+    } else if constexpr (kScale == kE8m0) {
+        static_assert(kScale != kE8m0 || kToBf16, "fp16 does not hold these scales");
+        const u32 bits = code == 0 ? 0x40u : code == 255 ? 0x7FFFu : code << 7;  // 2^-127 is a subnormal; 255 is NaN
+        return bits | bits << 16;
+    } else {
+        const float zero = static_cast<float>(code);
+        return kToBf16 ? pack_bf16(zero, zero) : pack_fp16(zero, zero);
+    }
+}
+
+template <int kScale, bool kToBf16>
+__device__ __forceinline__ u32 apply_scale(u32 values, u32 scale) {
+    if constexpr (kScale == kZero) return kToBf16 ? subtract_bf16x2(values, scale) : subtract_fp16x2(values, scale);
+    return kToBf16 ? multiply_bf16x2(values, scale) : multiply_fp16x2(values, scale);
 }
 
 // fp16 x = high + low, both bf16, exactly: 11 significant bits fit in 8 + 8. An infinite or NaN x lives in `high` alone.
@@ -128,33 +190,6 @@ __device__ __forceinline__ float load_float(u64 pointer, i64 index, int type) {
     if (type == kFp32) return __uint_as_float(load_global_u32(reinterpret_cast<const float*>(pointer) + index));
     const u32 bits = load_global_u16(reinterpret_cast<const u16*>(pointer) + index);
     return type == kBf16 ? bf16_to_float(bits) : fp16_to_float(bits);
-}
-
-// fp32 -> fp8, round to nearest even, saturating; NaN stays NaN.
-template <int kElement>
-constexpr float kElementMax = kElement == kE4m3 ? 448.f : 57344.f;
-
-template <int kElement>
-__device__ __forceinline__ u32 encode_fp8(float x) {
-#if __CUDA_ARCH__ >= 890
-    u16 r;
-    if constexpr (kElement == kE4m3)
-        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(0.f), "f"(x));
-    else
-        asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(r) : "f"(0.f), "f"(x));
-    return r & 0xFF;
-#else
-    constexpr int kDropped = kElement == kE4m3 ? 20 : 21;  // fp32 mantissa bits that fp8 lacks
-    constexpr u32 kBias = kElement == kE4m3 ? 120 : 112;   // difference of the exponent biases
-    constexpr u32 kMinNormal = (kBias + 1) << 23;          // fp32 bits of the smallest normal fp8
-    constexpr u32 kMagic = (kBias + 1 + kDropped) << 23;   // adding it rounds to the subnormals' spacing
-    const u32 bits = __float_as_uint(x), sign = bits >> 24 & 0x80;
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7F;  // without its sign, as the hardware's cvt
-    const u32 magnitude = smaller(bits & 0x7FFFFFFFu, __float_as_uint(kElementMax<kElement>));
-    if (magnitude < kMinNormal) return sign | (__float_as_uint(__uint_as_float(magnitude) + __uint_as_float(kMagic)) - kMagic);
-    const u32 rounded = magnitude + (1u << (kDropped - 1)) - 1 + (magnitude >> kDropped & 1);
-    return sign | ((rounded >> kDropped) - (kBias << (23 - kDropped)));
-#endif
 }
 
 template <int kElement>

@@ -130,8 +130,23 @@ __device__ __forceinline__ float multiply(float a, float b) {
     asm("mul.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
     return r;
 }
+__device__ __forceinline__ float add(float a, float b) {  // never fused with a product, which `a + b` may be
+    float r;
+    asm("add.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
 __device__ __forceinline__ float maximum(float a, float b) {  // a NaN loses against a number
     float r;
     asm("max.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+__device__ __forceinline__ float maximum_or_nan(float a, float b) {  // a NaN wins, as 0x7FFFFFFF
+    float r;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+__device__ __forceinline__ float minimum(float a, float b) {  // a NaN loses against a number
+    float r;
+    asm("min.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
     return r;
 }

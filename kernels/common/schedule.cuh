@@ -5,8 +5,9 @@
 struct Work {
     i32 row_begin, row_end;  // positions of this tile's first row and of the end of its batch or segment
     i32 column_begin;
-    i32 batch;   // index of A, out and their scales (0 when grouped: all segments share them)
-    i32 expert;  // index of B, its scales and the bias
+    i32 batch;                   // index of A, out and their scales (0 when grouped: all segments share them)
+    i32 expert;                  // index of B, its scales and the bias
+    i32 segment, segment_begin;  // grouped: which, and the position of its first row
     bool any;
 };
 
@@ -86,7 +87,16 @@ __device__ __forceinline__ Work dense_work(const Args& args) {
     u32 row_tile, column_tile;
     const i32 batch = blockIdx.x / per_batch;
     raster(blockIdx.x % per_batch, row_tiles, column_tiles, row_tile, column_tile);
-    return {static_cast<i32>(row_tile) * kBlockM, args.m, static_cast<i32>(column_tile) * kBlockN, batch, batch, true};
+    return {static_cast<i32>(row_tile) * kBlockM, args.m, static_cast<i32>(column_tile) * kBlockN, batch, batch, 0, 0, true};
+}
+
+// Batches of which only the first indptr[batch] rows count.
+template <int kBlockM, int kBlockN, class Args>
+__device__ __forceinline__ Work masked_work(const Args& args) {
+    Work work = dense_work<kBlockM, kBlockN>(args);
+    work.row_end = larger(0, smaller(args.m, reinterpret_cast<const i32*>(args.indptr)[work.batch]));
+    work.any = work.row_begin < work.row_end;
+    return work;
 }
 
 // The host launches m / kBlockM + min(segments, m) row tiles, the most that any segmentation needs; CTAs past the last tile find nothing.
@@ -97,8 +107,9 @@ __device__ __forceinline__ Work grouped_work(const Args& args) {
     u32 row_tile, column_tile;
     raster(blockIdx.x, row_tiles, column_tiles, row_tile, column_tile);
     i32 tile = row_tile, segment = 0;
-    if (!find_segment<kBlockM>(indptr, args.batch, args.m, tile, segment)) return {0, 0, 0, 0, 0, false};
+    if (!find_segment<kBlockM>(indptr, args.batch, args.m, tile, segment)) return {};
     const i32 expert = args.expert_map ? reinterpret_cast<const i32*>(args.expert_map)[segment] : segment;
     const i32 begin = indptr[segment] + tile * kBlockM, end = indptr[segment + 1];
-    return {begin, end, static_cast<i32>(column_tile) * kBlockN, 0, expert, expert >= 0 && expert < args.experts};
+    const bool any = expert >= 0 && expert < args.experts;
+    return {begin, end, static_cast<i32>(column_tile) * kBlockN, 0, expert, segment, indptr[segment], any};
 }
