@@ -9,7 +9,7 @@ from cugemm.arrays import View, dense_strides
 from cugemm.formats import ALL, FORMATS, FP32, LAYOUTS, Format
 from cugemm.problem import FLOATS8, OUT_DTYPES, Argument, ArraySpec
 from cugemm.scale_layout import padded
-from cugemm.scales import ceil_div
+from cugemm.scales import ceil_div, tiled_step
 
 X, TENSOR_SCALE, PRE_SCALE, COUNTS = range(4)
 """Positions of the arguments of `quantize`."""
@@ -329,9 +329,11 @@ class QuantizeOp(NamedTuple):
             fits = scale.shape == wanted
         else:
             wanted = tiled_shape(linear, options.scale_layout, options.flat)
-            fits = scale.size == math.prod(wanted)
             if options.scale_layout == "linear":
-                fits = fits and (len(scale.shape) == 1 or scale.shape in (wanted, linear))
+                fits = scale.size == math.prod(wanted) and (len(scale.shape) == 1 or scale.shape in (wanted, linear))
+            else:
+                count, rows, blocks = (1, *linear)[-3:]
+                fits = tiled_step(scale, rows, blocks, count, options.scale_layout, options.flat) not in (None, 0 if count > 1 else None)
         if not fits:
             how = "" if options.scale_layout == "linear" else f" (in {options.scale_layout} tiles)"
             stored = (*shape[:-1], shape[-1] // fmt.element.per_byte)

@@ -92,7 +92,8 @@ def read_float(
         raise wrong(f"{covered.role} is {view.dtype}; wanted {', '.join(SCALE_DTYPES)}.")
     if view.size == 1 and (declared is None or block_counts(covered.rows, covered.k, declared) == (1, 1)):
         return Scale((1, 1, 1), (0, 0, 0), (ALL, ALL), view.dtype)
-    if len(view.shape) == 1 and declared in (None, (1, ALL)) and view.shape == (covered.rows,):
+    either = len(covered.shape) == 3 and covered.batch == covered.rows > 1  # one per matrix, or one per row?
+    if len(view.shape) == 1 and declared in (None, (1, ALL)) and view.shape == (covered.rows,) and not either:
         return Scale((1, covered.rows, 1), (0, view.strides[0], 0), (1, ALL), view.dtype, rows=rows)
     found = _matrices(view, covered)
     if found is not None:
@@ -110,10 +111,9 @@ def read_bytes(view: View, covered: Covered, element: str, layout: str, rows: st
     if view.dtype not in ("uint8", own):
         raise wrong(f"{covered.role} is {view.dtype}; scales of {covered.of} are {element} codes: pass them as uint8 or {own}.")
     block = _BYTE_BLOCKS[element]
-    count, blocks = covered.batch, ceil_div(covered.k, block[1])
-    length = covered.rows
-    if rows == "flat":
-        count, length = 1, covered.rows * covered.batch
+    flat = rows == "flat"
+    count, blocks = (1 if flat else covered.batch), ceil_div(covered.k, block[1])
+    length = covered.rows * (covered.batch if flat else 1)
     high, wide = padded(length, blocks, layout)
     if high * wide >= _MOST_BYTES:
         raise refuse(f"{covered.of} {covered.shape} has {high * wide} scales; one matrix may have fewer than 2**32.")
@@ -127,16 +127,14 @@ def read_bytes(view: View, covered: Covered, element: str, layout: str, rows: st
             f"{block[1]} values along k, have shape {wanted}."
         )
     each = high * wide
-    step = _tiled_step(view, each, count)
-    if view.shape == (wide, high) != (high, wide) and view.strides == dense_strides(view.shape) and each > high:
-        step = None  # a copy of the transposed array, whose bytes lie otherwise; the transposed view is fine
+    step = tiled_step(view, covered.rows, blocks, covered.batch, layout, flat)
     if step is not None:
-        strides = (0 if rows == "flat" else step, 0, 0)
-        return Scale((count if step else 1, length, blocks), strides, block, view.dtype, element, layout, rows)
-    several = f" for each of {count} matrices" if count > 1 else ""
+        return Scale((count if step else 1, length, blocks), (0 if flat else step, 0, 0), block, view.dtype, element, layout, rows)
+    several = f" for each of {count} matrices" if count > 1 else " over the rows of all matrices" if flat and covered.batch > 1 else ""
     raise refuse(
         f"{covered.role} has shape {view.shape} and strides {view.strides}, but {covered.of} is {covered.shape}; scales in {layout} tiles "
-        f"({TILE_ROWS[layout]} rows x 4 blocks of {block[1]} k) take {each} contiguous bytes{several}, for example ({high}, {wide}); "
+        f"({TILE_ROWS[layout]} rows x 4 blocks of {block[1]} k) take {each} contiguous bytes{several}, for example "
+        f"({f'{count}, ' if count > 1 else ''}{high}, {wide}); "
         'linear ones need scale_layout="linear" or a cugemm.Quantized that says so; pass tiles as they were made, not a transposed copy.'
     )
 
@@ -147,7 +145,7 @@ def read_tensor(view: View, covered: Covered, refuse: Refuse, wrong: Refuse) -> 
         raise wrong(f"{covered.role} is {view.dtype}; wanted {', '.join(SCALE_DTYPES)}.")
     if view.size == 1:
         return Scale((1, 1, 1), (0, 0, 0), (ALL, ALL), view.dtype)
-    if len(covered.shape) == 3 and view.shape in ((covered.batch,), (covered.batch, 1), (covered.batch, 1, 1)):
+    if len(covered.shape) == 3 and view.shape in ((covered.batch,), (covered.batch, 1, 1)):
         return Scale((covered.batch, 1, 1), (view.strides[0], 0, 0), (ALL, ALL), view.dtype)
     if len(covered.shape) == 2 and view.shape == (covered.rows,):
         return Scale((1, covered.rows, 1), (0, view.strides[0], 0), (1, ALL), view.dtype)
@@ -185,20 +183,31 @@ def _matrices(view: View, covered: Covered) -> tuple[tuple[int, int, int], tuple
     return (view.shape[0] if batched else 1, view.shape[row], view.shape[k]), (steps[0] if batched else 0, steps[row], steps[k])
 
 
-def _tiled_step(view: View, each: int, count: int) -> int | None:
-    """Bytes from one matrix's tiles to the next, 0 where all share them; None if the view is not `each` contiguous bytes a matrix.
+def tiled_step(view: View, rows: int, blocks: int, count: int, layout: str, flat: bool) -> int | None:
+    """Bytes from the tiles of one of `count` matrices [rows, blocks] to the next, 0 where all share them; None if that is not what it is.
 
-    The last two axes may stand either way round: FlashInfer passes `b_sf.T`, and the tiles do not care.
+    `flat`: one set of tiles over the rows of all matrices. The last two axes may be a transposed view, as FlashInfer passes `b_sf.T`, but
+    not a transposed copy, whose bytes lie otherwise. What could be flat as well as one set for each matrix is neither, unless both are the
+    same bytes: a shape that begins with `count` says the second.
     """
-    if view.size == 0 == each * count:
-        return each
-    if view.size == each and _dense(view.shape, view.strides):
-        return 0 if count != 1 else each
-    if len(view.shape) == 3 and view.shape[0] == count and view.size == each * count and _dense(view.shape[1:], view.strides[1:]):
-        return view.strides[0] if count > 1 else each
-    if view.size == each * count and view.strides == dense_strides(view.shape):
-        return each
-    return None
+    high, wide = padded(rows * count, blocks, layout) if flat else padded(rows, blocks, layout)
+    each, several, whole = high * wide, count > 1, rows % TILE_ROWS[layout] == 0
+    if view.size == 0:
+        return each if each * (1 if flat else count) == 0 else None
+    row_major = view.strides == dense_strides(view.shape)
+    if len(view.shape) >= 2 and view.shape[-2:] == (wide, high) != (high, wide) and min(high, wide) > 1 and row_major:
+        return None
+    begins = len(view.shape) >= 2 and view.shape[0] == count
+    if flat or not several:
+        wrong = flat and several and begins and not whole
+        return each if view.size == each and _dense(view.shape, view.strides) and not wrong else None
+    if view.size == each and len(view.shape) == 3 and view.shape[0] == 1 and _dense(view.shape, view.strides):
+        return 0
+    if view.size != each * count:
+        return None
+    if begins and len(view.shape) == 3 and _dense(view.shape[1:], view.strides[1:]):
+        return view.strides[0]
+    return each if row_major and (begins or whole) else None
 
 
 def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -225,4 +234,6 @@ def _shapes(covered: Covered, declared: tuple[int, int] | None, blocks: tuple[tu
         return f"{shape(declared)}, one scale for each {block_text(declared)} of its format"
     named = [f"({rows},) or {shape((1, ALL))} for one per row" if row_first else f"({rows},) or {shape((1, ALL))} for one per column"]
     named += [f"{shape(block)} for one per {block_text(block)} along (rows, k)" for block in blocks]
+    if len(covered.shape) == 3 and covered.batch > 1:
+        named.append(f"({covered.batch}, 1, 1) for one per matrix, or any of these with the axis of {covered.batch} matrices in front")
     return ", ".join(["one element", *named])

@@ -4,7 +4,7 @@
 //   MODE 1  x -> data, scale, and where asked the tensor scale and the zero points
 //
 // Bit for bit what NumPy computes (quantize_reference.py has the rules): IEEE division, no flushing of subnormals, nothing fused.
-// With PREPARE x may become silu(first half) * second half and be multiplied by pre_scale first. Rows from counts[b] on count as zeros.
+// 1 << LOG_THREADS threads share a scale. With PREPARE x may become silu(first half) * second half and be multiplied by pre_scale first. Rows from counts[b] on count as zeros.
 // A thread takes two pieces of 16 values of a row: of 16-bit x it has four 16-byte loads in flight. It stores the codes of a piece as one
 // word of 8 or 16 bytes; the threads of one scale are neighbours and find its maximum by shuffles. Scales go where their layout has them,
 // zeros where it pads. Other strides and edges: value by value. Memory is read and written once.
@@ -12,7 +12,7 @@
 #include "common/exp.cuh"
 #include "common/pieces.cuh"
 
-// Python packs this struct as "<9Qf5i12q12ifi".
+// Python packs this struct as "<9Qf5i12q11ifi4x".
 struct Args {
     u64 x, tensor_scale, pre_scale, counts, data, scale, tensor_out, zero, amax;  // any but x, data, scale may be null
     float tensor_value;                                                           // the tensor scale where it comes by value
@@ -23,7 +23,6 @@ struct Args {
     i64 tensor_matrix, tensor_row, pre_stride, counts_stride;
     i64 out_matrix, out_row;  // of tensor_out and amax
     i32 log_pieces, tiles_down, tiles_across;
-    i32 log_threads;               // 1 << log_threads share a scale
     i32 scale_rows, scale_blocks;  // with padding
     i32 layout, encode_scale, ceil_scale, pre_type, count_bytes, per_row;
     float eps;
@@ -77,21 +76,22 @@ __device__ __forceinline__ void load_pieces(const Args& args, const Item& item, 
     }
 }
 
-__device__ __forceinline__ void find_values(const Args& args, i32 first, const Piece& piece, const Piece& second, float (&v)[kValues]) {
+// What is quantised: x, or what silu and pre_scale make of it, each product rounded to the dtype of x.
+__device__ __forceinline__ void prepare(const Args& args, i32 first, Piece& piece, const Piece& second) {
+    float v[kValues];
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
         v[i] = piece.value(i);
-        if constexpr (PREPARE != 0) {
-            if (args.silu) v[i] = rounded<X_ELEMENT>(multiply(silu(v[i]), second.value(i)));
-            if (args.pre_scale && first + i < args.columns)
-                v[i] = rounded<X_ELEMENT>(multiply(v[i], load_float(args.pre_scale, (first + i) * args.pre_stride, args.pre_type)));
-        }
+        if (args.silu) v[i] = rounded<X_ELEMENT>(multiply(silu(v[i]), second.value(i)));
+        if (args.pre_scale && first + i < args.columns)
+            v[i] = rounded<X_ELEMENT>(multiply(v[i], load_float(args.pre_scale, (first + i) * args.pre_stride, args.pre_type)));
     }
+    piece.keep(v);
 }
 
 // The largest over 1 << log_threads neighbours, in each of them. Only for what is not negative and no NaN, or ordered like its bits.
 __device__ __forceinline__ float largest_of(float v, int log_threads) {
-#pragma unroll 1
+#pragma unroll
     for (int i = 0; i < log_threads; ++i) v = __uint_as_float(larger(__float_as_uint(v), __float_as_uint(__shfl_xor_sync(~0u, v, 1 << i))));
     return v;
 }
@@ -127,33 +127,37 @@ struct Scale {
     bool keep;
 };
 
-// Finds the scale of the block that v belongs to and divides v by it.
-__device__ __forceinline__ Scale scale_values(const Args& args, const TensorScale& tensor, float (&v)[kValues]) {
-    float amax = 0.f;
+// Finds the scale of the block that the piece belongs to, and its values divided by it.
+__device__ __forceinline__ Scale scale_values(const Args& args, const TensorScale& tensor, const Piece& piece, float (&v)[kValues]) {
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) amax = larger_size<kLeaveNan>(amax, v[i]);
-    amax = largest_of(amax, args.log_threads);
-    const bool finite = amax <= kLargest;
+    for (int i = 0; i < kValues; ++i) v[i] = piece.value(i);
 
-    if constexpr (SCALE == kFp32) {
-        float scale;
-        [[maybe_unused]] float zero = 0.f;
-        if constexpr (ELEMENT == kUint4x2) {
-            float high = 0.f, below = 0.f;  // -low
+    if constexpr (ELEMENT == kUint4x2) {
+        u32 above = 0, below = 0;  // the largest values and their largest negatives; a NaN is in both
 #pragma unroll
-            for (int i = 0; i < kValues; ++i) high = maximum(high, v[i]), below = maximum(below, -v[i]);
-            high = largest_of(fabsf(high), args.log_threads);  // fabsf: no -0, whose bits are large
-            below = largest_of(fabsf(below), args.log_threads);
-            scale = float_scale(add(high, below), args.eps, kElementMax<ELEMENT>, false);
-            if (finite) zero = static_cast<float>(encode_integer(divide(below, scale), 0.f, 15.f) & 15);
-        } else {
-            scale = float_scale(amax, args.eps, kElementMax<ELEMENT>, args.ceil_scale);
+        for (int i = 0; i < Piece::kWords; ++i) {
+            above = larger_values<X_ELEMENT, false>(above, piece.word(i));
+            below = larger_values<X_ELEMENT, false>(below, piece.word(i) ^ ~kSizeBits<X_ELEMENT>);
         }
-        const Divisor divisor = divide_by(scale);
+        // Without the sign of a -0, whose bits are large.
+        const float high = largest_of(largest_size<X_ELEMENT>(above & kSizeBits<X_ELEMENT>), LOG_THREADS);
+        const float low = largest_of(largest_size<X_ELEMENT>(below & kSizeBits<X_ELEMENT>), LOG_THREADS);  // of size
+        if (!(high <= kLargest && low <= kLargest)) return {kNan, 0.f, false};
+        const float scale = float_scale(add(high, low), args.eps, kElementMax<ELEMENT>, false);
+        divide_all<ELEMENT>(v, divide_by(scale, false));
+        return {__float_as_uint(scale), static_cast<float>(encode_integer(divide(low, scale)) & 15), true};
+    }
+
+    u32 sizes = 0;
 #pragma unroll
-        for (int i = 0; i < kValues; ++i) v[i] = quotient(v[i], divisor);
-        if constexpr (kLeaveNan) return {__float_as_uint(scale), zero, true};  // an infinite scale leaves zeros and NaN
-        return {finite ? __float_as_uint(scale) : kNan, zero, finite};
+    for (int i = 0; i < Piece::kWords; ++i) sizes = larger_sizes<X_ELEMENT, kLeaveNan>(sizes, piece.word(i));
+    const float amax = largest_of(largest_size<X_ELEMENT>(sizes), LOG_THREADS);
+    const bool finite = amax <= kLargest;
+    if constexpr (SCALE == kFp32) {
+        const float scale = float_scale(amax, args.eps, kElementMax<ELEMENT>, args.ceil_scale);
+        divide_all<ELEMENT>(v, divide_by(scale, X_ELEMENT != kFp32 && amax >= args.eps));
+        if constexpr (kLeaveNan) return {__float_as_uint(scale), 0.f, true};  // an infinite scale leaves zeros and NaN
+        return {finite ? __float_as_uint(scale) : kNan, 0.f, finite};
     }
 
     u32 code;
@@ -167,15 +171,22 @@ __device__ __forceinline__ Scale scale_values(const Args& args, const TensorScal
         factor = minimum(divide(1.f, multiply(decode_fp8<kE4m3>(code), tensor.decode)), kLargest);
         if (amax == 0.f || code == kNanCode) factor = 0.f;
     }
+    // The encoder of e2m1 takes halves: half of the factor is as good, unless that is a subnormal number.
+    const bool halved = ELEMENT == kE2m1x2 && (factor >= 0x1p-100f || factor == 0.f);
+    if (halved) factor *= 0.5f;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) v[i] = multiply(v[i], factor);
+    if (ELEMENT == kE2m1x2 && !halved) {
+#pragma unroll
+        for (int i = 0; i < kValues; ++i) v[i] *= 0.5f;
+    }
     return {code, 0.f, finite};
 }
 
 __device__ __forceinline__ void store_scale(const Args& args, const Item& item, i32 first, const Scale& scale) {
     const u32 piece = static_cast<u32>(first) / kValues;
-    const i32 block = static_cast<i32>(piece >> args.log_threads);
-    if (piece & ((1u << args.log_threads) - 1) || item.at.row >= args.scale_rows || block >= args.scale_blocks) return;
+    const i32 block = static_cast<i32>(piece >> LOG_THREADS);
+    if (piece & ((1u << LOG_THREADS) - 1) || item.at.row >= args.scale_rows || block >= args.scale_blocks) return;
     i64 place = item.at.batch * args.scale_matrix;
     if (args.layout == kLinear)
         place += item.at.row * args.scale_row + block * args.scale_block;
@@ -190,15 +201,19 @@ __device__ __forceinline__ void store_scale(const Args& args, const Item& item, 
     if constexpr (ELEMENT == kUint4x2) reinterpret_cast<u8*>(args.zero)[place] = static_cast<u8>(scale.zero);
 }
 
-__device__ __forceinline__ void store_codes(const Args& args, const Item& item, i32 first, const float (&v)[kValues], const Scale& scale) {
+__device__ __forceinline__ void store_codes(const Args& args, const Item& item, i32 first, const Piece& piece, const float (&v)[kValues],
+                                            const Scale& scale) {
     if (!item.exists || first >= args.width) return;
     u32 codes[kCodeWords];
 #pragma unroll
     for (int word = 0; word < kCodeWords; ++word) {
-        float part[kCodes<ELEMENT>];
+        float x[kCodes<ELEMENT>], part[kCodes<ELEMENT>];
 #pragma unroll
-        for (int i = 0; i < kCodes<ELEMENT>; ++i) part[i] = v[word * kCodes<ELEMENT> + i];
-        codes[word] = scale.keep && item.live ? encode_word<ELEMENT>(part, scale.zero) : 0;
+        for (int i = 0; i < kCodes<ELEMENT>; ++i) {
+            const int at = word * kCodes<ELEMENT> + i;
+            x[i] = piece.value(at), part[i] = v[at];
+        }
+        codes[word] = scale.keep && item.live ? encode_word<ELEMENT>(part, scale.zero) | encode_signs<ELEMENT>(x) : 0;
     }
     const i64 index = (static_cast<i64>(item.at.batch) * args.rows + item.at.row) * args.width + first;
     store_bytes(codes, args.data + (kPacked<ELEMENT> ? index / 2 : index), smaller(kValues, args.width - first) * 4 / kCodes<ELEMENT>);
@@ -210,7 +225,8 @@ __device__ __forceinline__ void store_amax(const Args& args, const Item& item, f
     u32* place = reinterpret_cast<u32*>(args.amax);
     if (args.per_row) {
         const int log_threads = smaller(5, args.log_pieces);
-        amax = largest_of(amax, log_threads);
+#pragma unroll 1
+        for (int i = 0; i < log_threads; ++i) amax = maximum(amax, __shfl_xor_sync(~0u, amax, 1 << i));
         if (item.live && (threadIdx.x & ((1 << log_threads) - 1)) == 0)
             atomicMax(place + item.matrix * args.out_matrix + item.matrix_row * args.out_row, __float_as_uint(amax));
         return;
@@ -226,7 +242,9 @@ __device__ __forceinline__ void store_amax(const Args& args, const Item& item, f
 }
 
 // NOTE: enough CTAs a multiprocessor to keep its memory busy.
-extern "C" __global__ void __launch_bounds__(kPieceThreads, PREPARE ? 2 : 4) block_quantize(const __grid_constant__ Args args) {
+extern "C" __global__ void __launch_bounds__(kPieceThreads, PREPARE              ? 2
+                                                            : X_ELEMENT == kFp32 ? 3
+                                                                                 : 4) block_quantize(const __grid_constant__ Args args) {
     const Item item = find_item(args);
     Piece first[kPieces], second[kPieces];
     load_pieces(args, item, 0, first);
@@ -236,10 +254,12 @@ extern "C" __global__ void __launch_bounds__(kPieceThreads, PREPARE ? 2 : 4) blo
         float amax = 0.f;
 #pragma unroll
         for (int p = 0; p < kPieces; ++p) {
-            float v[kValues];
-            find_values(args, first_value(args, item, p), first[p], second[p], v);
+            if constexpr (PREPARE != 0) prepare(args, first_value(args, item, p), first[p], second[p]);
 #pragma unroll
-            for (int i = 0; i < kValues; ++i) amax = maximum(amax, fabsf(v[i]) <= kLargest ? fabsf(v[i]) : 0.f);
+            for (int i = 0; i < kValues; ++i) {
+                const float size = fabsf(first[p].value(i));
+                amax = maximum(amax, size <= kLargest ? size : 0.f);
+            }
         }
         store_amax(args, item, amax);
     } else {
@@ -248,10 +268,10 @@ extern "C" __global__ void __launch_bounds__(kPieceThreads, PREPARE ? 2 : 4) blo
 #pragma unroll
         for (int p = 0; p < kPieces; ++p) {
             const i32 at = first_value(args, item, p);
+            if constexpr (PREPARE != 0) prepare(args, at, first[p], second[p]);
             float v[kValues];
-            find_values(args, at, first[p], second[p], v);
-            const Scale scale = scale_values(args, tensor, v);
-            store_codes(args, item, at, v, scale);
+            const Scale scale = scale_values(args, tensor, first[p], v);
+            store_codes(args, item, at, first[p], v, scale);
             store_scale(args, item, at, scale);
         }
     }

@@ -179,6 +179,53 @@ def test_linear_takes_leading_axes(framework: Framework, lead: tuple[int, ...]) 
     check_random(case, y.reshape(rows, 19), BF16)
 
 
+def test_linear_of_three_axes_is_planned() -> None:
+    x, w, bias = (np.ones(shape, ml_dtypes.bfloat16) for shape in ((2, 3, 64), (5, 64), (5,)))
+    stand_ins: list[tuple[Any, Any]] = [
+        (x, w), (to_torch(x), to_torch(w)), (jnp.asarray(x), jnp.asarray(w)), (Spec((2, 3, 64), BF16), Spec((5, 64), BF16)),
+        (jax.ShapeDtypeStruct((2, 3, 64), jnp.bfloat16), jax.ShapeDtypeStruct((5, 64), jnp.bfloat16)),
+        (torch.empty(2, 3, 64, dtype=torch.bfloat16, device="meta"), torch.empty(5, 64, dtype=torch.bfloat16, device="meta")),
+    ]  # fmt: skip
+    for left, right in stand_ins:
+        for activations in (None, "fp8_row"):
+            text = cugemm.explain(cugemm.linear, left, right, activations=activations)
+            assert "m = 6, n = 5, k = 64" in text, text
+    assert cugemm.linear(*stand_ins[3]).shape == (2, 3, 5)
+    weight = Quantized(Spec((5, 64), E4M3), Spec((5, 1), F32), "fp8_row")
+    layer = cugemm.QuantizedLinear(weight, activations="fp8_row")
+    assert "m = 6, n = 5, k = 64" in cugemm.explain(layer, Spec((2, 3, 64), BF16))
+    made = cugemm.plan(cugemm.linear, x, w, bias)
+    np.testing.assert_array_equal(np.asarray(made(x, w, bias), np.float32), np.full((2, 3, 5), 65, np.float32))
+
+
+def test_linear_of_three_axes_refuses_in_words() -> None:
+    x, w = np.ones((2, 3, 64), ml_dtypes.bfloat16), np.ones((5, 64), ml_dtypes.bfloat16)
+    empty = cugemm.linear(np.ones((2, 3, 0), ml_dtypes.bfloat16), w[:, :0], np.ones(5, np.float32))
+    np.testing.assert_array_equal(np.asarray(empty, np.float32), np.ones((2, 3, 5), np.float32))
+    none = cugemm.linear(x, w[:0], out=np.empty((2, 3, 0), ml_dtypes.bfloat16))
+    assert none.shape == (2, 3, 0)
+    refused: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
+        (TypeError, r"linear: out is a builtins.list", w, {"out": [1.0]}),
+        (TypeError, r"linear: out is a cugemm.quantized.Quantized", w, {"out": cugemm.quantize(w, "fp8_row")}),
+        (TypeError, r"linear: w is a builtins.list", [1.0], {"out": np.empty((2, 3, 5), np.float32)}),
+        (TypeError, r"linear: w is a builtins.list", [1.0], {}),
+        (ValueError, r"linear: out has shape \(6, 5\); wanted \(2, 3, 5\)", w, {"out": np.empty((6, 5), np.float32)}),
+        (TypeError, r"linear: out is a Hidden, which has no reshape", w, {"out": Hidden(np.empty((2, 3, 5), np.float32))}),
+    ]
+    for kind, text, right, how in refused:
+        with pytest.raises(kind, match=text):
+            cugemm.linear(x, right, **how)
+    with pytest.raises(ValueError, match=r"linear: x has shape \(\); wanted \[.., k\]"):
+        cugemm.linear(np.ones((), np.float16), w)
+
+
+def test_a_number_beside_a_jax_array_is_refused_in_words() -> None:
+    for call in (cugemm.mm_bf16, cugemm.matmul):
+        for one in (1, np.float32(1)):
+            with pytest.raises((TypeError, ValueError), match=f"{call.__name__}: a "):
+                call(one, jnp.ones((4, 4), jnp.bfloat16))
+
+
 def test_linear_leading_axes_with_out_and_activations() -> None:
     case = random_case(8, 12, 19, 50, "bf16", "bf16", bias=True)
     x, w = to_torch(case.a.reshape(3, 4, 50)), to_torch(np.ascontiguousarray(case.b.T))
@@ -442,6 +489,33 @@ def test_quantized_weights(framework: Framework, kind: str, e5m2: bool) -> None:
     both = framework.back(cugemm.mm_fp8(xq, q.T, out_dtype=F32))
     rows, factors = (np.asarray(framework.back(cugemm.dequantize(xq, F32))), np.asarray(real))
     assert np.allclose(both, rows.astype(float) @ factors.T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("framework", [f for f in FRAMEWORKS if repr(f) != "dlpack"], ids=repr)  # a bare producer has no reshape
+def test_dequantize_takes_the_scales_that_products_take(framework: Framework) -> None:
+    x = np.random.default_rng(3).standard_normal((6, 64)).astype(np.float32)
+    q = cugemm.quantize(x, "fp8_row")
+
+    def check(of: Quantized, shape: tuple[int, ...]) -> None:
+        wanted = cugemm.dequantize(of, F32)
+
+        def call(data: Any, scale: Any) -> Any:
+            return cugemm.dequantize(Quantized(data, scale, of.format), F32)
+
+        np.testing.assert_array_equal(framework.call(call, of.data, of.scale.reshape(shape)), wanted)
+
+    check(q, (6,))
+    for shape in ((), (1, 1), (1,)):
+        check(cugemm.quantize(x, "fp8_tensor"), shape)
+
+
+def test_dequantize_says_what_must_be_contiguous() -> None:
+    q = cugemm.quantize(np.ones((4, 256), np.float32), "fp8_group")
+    np.testing.assert_array_equal(cugemm.dequantize(q[1:3], F32), np.ones((2, 256)))
+    with pytest.raises(ValueError, match=r"dequantize: data .* contiguous copy"):
+        cugemm.dequantize(q[:, :128], F32)
+    bare = Quantized(q.data, np.ones((4, 1), np.float32), "fp8_row")
+    np.testing.assert_array_equal(cugemm.dequantize(Quantized(bare.data, bare.scale[:, 0], "fp8_row").T, F32).shape, (256, 4))
 
 
 def test_quantize_keeps_the_scale_of_rows_when_transposed_square() -> None:

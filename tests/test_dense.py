@@ -689,6 +689,54 @@ REFUSED = [
         "fp4-jax-square", V, ("mm_fp4: ", "b_descale is a JAX array of shape (128, 128), which fits b_sf and b_sf.T", "b_sf.reshape(-1)"),
         lambda: jax_fp4(16, jax_array(128, 128, **U8), k=2048),
     ),
+    Case(
+        "fp4-jax-a-turned", V, ("mm_fp4: ", "a_descale is a JAX array of shape (4, 128)", ".T copies", "(128, 4) or 1-D"),
+        lambda: (cugemm.mm_fp4, jax_array(4, 32, **U8), jax_array(32, 16, **U8), jax_array(4, 128, **U8), jax_array(512, **U8)),
+    ),
+    Case(
+        "mxfp8-jax-turned", V, ("mm_mxfp8: ", "a_descale is a JAX array of shape (4, 128)", ".T copies", "(128, 4) or 1-D"),
+        lambda: jax_mxfp8(jax_array(128, 4, **U8).T, jax_array(512, **U8)),
+    ),
+    Case(
+        "mxfp8-jax-b-turned", V, ("mm_mxfp8: ", "b_descale is a JAX array of shape (4, 128)", ".T copies", "(128, 4) or 1-D"),
+        lambda: jax_mxfp8(jax_array(512, **U8), jax_array(128, 4, **U8).T),
+    ),
+    Case(
+        "mxfp8-jax-square", V, ("mm_mxfp8: ", "b_descale is a JAX array of shape (128, 128), which fits b_sf and b_sf.T", "reshape(-1)"),
+        lambda: jax_mxfp8(jax_array(128, 128, **U8), jax_array(128, 128, **U8), k=4096),
+    ),
+    Case(
+        "bmm-mxfp8-jax-turned", V, ("bmm_mxfp8: ", "B_scale is a JAX array of shape (2, 4, 128)", ".T copies", "(2, 128, 4) or 1-D"),
+        lambda: (
+            cugemm.bmm_mxfp8, jax_array(2, 4, 64, **FP8), jax_array(2, 64, 128, **FP8), jax_array(512, **U8), jax_array(2, 4, 128, **U8)
+        ),
+    ),
+    Case("fp4-no-scale", T, ("mm_fp4: ", "b_descale is missing", "mm_fp4(a, b, scale_of_b)"), lambda: fp4(a=numpy(4, 64), **_NO_SCALES)),
+    Case(
+        "fp4-no-scale-but-alpha", T, ("mm_fp4: ", "b_descale is missing"),
+        lambda: fp4(a=numpy(4, 64), alpha=numpy(1, dtype=F32), **_NO_SCALES),
+    ),
+    Case("fp4-list-8x4", V, ("mm_fp4: ", "use_8x4_sf_layout is", "True or False"), lambda: fp4(use_8x4_sf_layout=[True, False])),
+    Case("fp4-array-nvfp4", T, ("mm_fp4: ", "use_nvfp4 is a ndarray", "True or False"), lambda: fp4(use_nvfp4=numpy(3))),
+    Case("fp4-array-block", T, ("mm_fp4: ", "block_size is a ndarray", "16 for nvfp4 or 32 for mxfp4"), lambda: fp4(block_size=numpy(3))),
+    Case("fp4-list-layout", V, ("mm_fp4: ", "scale_layout is", "'linear', '128x4', '8x4'"), lambda: fp4(scale_layout=["linear"])),
+    Case("fp4-tensor-backend", T, ("mm_fp4: ", "backend is a ", "string"), lambda: fp4(backend=numpy(3))),
+    Case(
+        "mxfp8-array-8x4", T, ("mm_mxfp8: ", "use_8x4_sf_layout is a ndarray", "True or False"),
+        lambda: (cugemm.mm_mxfp8, mxfp8_activation(), mxfp8_activation().T, {"use_8x4_sf_layout": numpy(3)}),
+    ),
+    Case(
+        "bmm-mxfp8-array-layout", T, ("bmm_mxfp8: ", "scale_layout is a ndarray", "'linear', '128x4', '8x4'"),
+        lambda: (cugemm.bmm_mxfp8, mxfp8_activation(), mxfp8_activation().T, {"scale_layout": numpy(3)}),
+    ),
+    Case(
+        "prepare-quantized", T, ("prepare_bf16_fp4_weights: ", "b_descale is Quantized(nvfp4", "q.data and q.scale"),
+        lambda: (cugemm.prepare_bf16_fp4_weights, numpy(16, 32, **U8), nvfp4_weight()),
+    ),
+    Case(
+        "prepare-array-block", T, ("prepare_bf16_fp4_weights: ", "block_size is a ndarray", "16"),
+        lambda: (cugemm.prepare_bf16_fp4_weights, numpy(16, 32, **U8), numpy(512, **U8), {"block_size": numpy(3)}),
+    ),
     Case("fp4-jax-layout", V, ("mm_fp4: ", "scale_layout is '4x4'"), lambda: (*jax_fp4(16, jax_array(512, **U8)), {"scale_layout": "4x4"})),
     Case("fp4-alpha-shape", V, ("mm_fp4: ", "alpha is float32 of shape (2,)", "one element"), lambda: fp4(alpha=numpy(2, dtype=F32))),
     Case("fp4-alpha-int", V, ("mm_fp4: ", "alpha is int32", "float32"), lambda: fp4(alpha=numpy(1, dtype="int32"))),
@@ -861,6 +909,13 @@ def mxfp8_activation() -> Any:
 def jax_fp4(n: int, b_descale: Any, k: int = 64) -> tuple[Any, ...]:
     a, b = jax_array(4, k // 2, **U8), jax_array(k // 2, n, **U8)
     return cugemm.mm_fp4, a, b, jax_array(128, -(-k // 64) * 4, **U8), b_descale
+
+
+def jax_mxfp8(a_descale: Any, b_descale: Any, k: int = 64) -> tuple[Any, ...]:
+    return cugemm.mm_mxfp8, jax_array(4, k, **FP8), jax_array(k, 16, **FP8), a_descale, b_descale
+
+
+_NO_SCALES: dict[str, Any] = {"a_descale": None, "b_descale": None}
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)

@@ -20,7 +20,7 @@ from cugemm.arrays import framework_of
 from cugemm.formats import E4M3, FP32, INT8, Format
 from cugemm.problem import B_SCALE, B_TENSOR, A, B
 
-U8, F32, I32 = {"dtype": "uint8"}, {"dtype": "float32"}, {"dtype": "int32"}
+U8, F32, I32, F8 = ({"dtype": name} for name in ("uint8", "float32", "int32", "float8_e4m3fn"))
 X = (4, 64)
 
 
@@ -41,6 +41,10 @@ def uint4(rows: int = 16, k: int = 64, scale: tuple[int, ...] | None = None, zer
 
 def fp8(rows: int = 16, k: int = 64, fmt: Any = "fp8_row", scale: tuple[int, ...] | None = None, **how: Any) -> Quantized:
     return Quantized(numpy(rows, k, dtype="float8_e4m3fn"), numpy(*(scale or (rows, 1)), **F32), fmt, **how)
+
+
+def stack() -> Quantized:
+    return Quantized(numpy(3, 16, 32, **U8), numpy(3, 16, 4, **U8), "nvfp4")
 
 
 def linear(w: Any, x: Any = None) -> tuple[Any, ...]:
@@ -236,9 +240,150 @@ CASES = [
         lambda: nvfp4(128, scale=(128, 4), scale_layout="128x4")[:, :32],)),
     Case("part-tiles-rows", V, ("Quantized: ", "rows 64:256:1 of 256", "blocks of 128"), lambda: (
         lambda: nvfp4(256, scale=(256, 4), scale_layout="128x4")[64:],)),
+    Case("part-list", V, ("Quantized: ", "index list", "wanted slices"), lambda: (lambda: stack()[[0, 1]],)),
+    Case("part-array-stack", V, ("Quantized: ", "index ndarray", "wanted slices"), lambda: (lambda: stack()[np.arange(2)],)),
+    Case("part-mask", V, ("Quantized: ", "index (ndarray, slice", "wanted slices"),
+        lambda: (lambda: stack()[np.ones(3, bool), :],)),
+    Case("part-bool", V, ("Quantized: ", "index True", "wanted slices"), lambda: (lambda: stack()[True],)),
+    Case("part-none", V, ("Quantized: ", "index None", "wanted slices"), lambda: (lambda: stack()[None],)),
+    Case("part-float", V, ("Quantized: ", "index 1.0", "wanted slices"), lambda: (lambda: stack()[1.0],)),
+    Case("part-ellipses", V, ("Quantized: ", "index (Ellipsis, Ellipsis)", "wanted slices"), lambda: (lambda: stack()[..., ...],)),
+    Case("part-ellipsis-many", V, ("Quantized: ", "index", "wanted slices"), lambda: (lambda: stack()[..., :, :, :, :],)),
+    Case("part-ellipsis-integer", V, ("Quantized: ", "index (Ellipsis, 3)", "wanted slices"), lambda: (lambda: stack()[..., 3],)),
+    Case("part-past", IndexError, ("Quantized: ", "index 3 is outside the stack of 3 matrices"), lambda: (lambda: stack()[3],)),
+    Case("part-before", IndexError, ("Quantized: ", "index -4 is outside the stack of 3"), lambda: (lambda: stack()[-4],)),
+    Case("part-backwards", V, ("Quantized: ", "a step of -1", "wanted 1 or more"), lambda: (lambda: stack()[::-1],)),
+    Case("part-text", V, ("Quantized: ", "rows of 16 is cut by slice('a', 'b', None)", "integers"), lambda: (
+        lambda: nvfp4()[slice("a", "b")],)),
+    Case("part-text-stack", V, ("Quantized: ", "the stack of 3 is cut by slice('a'",), lambda: (lambda: stack()[slice("a", None)],)),
+    Case("part-step-zero", V, ("Quantized: ", "rows of 16 is cut by", "zero"), lambda: (lambda: nvfp4()[::0],)),
+    Case("part-iterated", T, ("Quantized: ", "(16, 64)", "take slices"), lambda: (lambda: list(nvfp4()),)),
+    Case("part-tensor", V, ("Quantized: ", "tensor_scale has shape (5,)", "cannot be cut"), lambda: (
+        lambda: nvfp4(tensor_scale=numpy(5, **F32))[:8],)),
+    Case("q-axis-type", T, ("Quantized: ", "k_axis is a str", "int"), lambda: (nvfp4, {"k_axis": "a"})),
+    Case("q-axis-bool", T, ("Quantized: ", "k_axis is a bool", "int"), lambda: (nvfp4, {"k_axis": True})),
+    Case("q-shape-type", T, ("Quantized: ", "shape is a int", "tuple", "(16, 64)"), lambda: (nvfp4, {"shape": 5})),
+    Case("q-layout-type", T, ("Quantized: ", "scale_layout is a ndarray", "string"), lambda: (
+        nvfp4, {"scale_layout": np.array(["linear"])})),
+    Case("q-prepared-type", T, ("Quantized: ", "layout is a list", "string"), lambda: (nvfp4, {"layout": ["canonical"]})),
+    Case("q-stack-rows-together", V, ("Quantized: ", "scale has shape (12, 1)", "4 x 1 scales for each matrix"), lambda: (
+        Quantized, numpy(3, 4, 64, **F8), numpy(12, 1, **F32), "fp8_row")),
+    Case("q-stack-two-axes", V, ("Quantized: ", "scale has shape (3, 4)", "4 x 1 scales for each matrix"), lambda: (
+        Quantized, numpy(3, 4, 64, **F8), numpy(3, 4, **F32), "fp8_row")),
     Case("part-tiles-flat", V, ("Quantized: ", "scales in 8x4 tiles of shape (64,)"), lambda: (
         lambda: nvfp4(scale=(64,), scale_layout="8x4")[:8],)),
 ]  # fmt: skip
+
+
+F8_16 = numpy(16, 128, **F8)
+S16 = numpy(16, 1, **F32)
+U8_16 = numpy(16, 64, **U8)
+ODDS: dict[str, Any] = {"array": numpy(2, **F32), "list": [1, 2], "dict": {}, "float": 128.0, "long": 10**400, "text": "?"}
+"""What no option may be."""
+
+
+def option(function: Callable[..., Any], *arrays: Any, **named: Any) -> Callable[[str, Any], Any]:
+    return lambda role, value: function(*arrays, **{**named, role: value})
+
+
+GROUPED = (F8_16, numpy(2, 16, 128, **F8), S16, numpy(2, 1, 1, **F32), np.array([0, 8, 16], np.int32))
+MASKED = (numpy(2, 16, 128, **F8), numpy(2, 16, 128, **F8), numpy(2, 16, 1, **F32), numpy(2, 1, 1, **F32), numpy(2, **I32), 4)
+CODES = (U8_16, numpy(512, **U8))
+OPTIONS: list[tuple[Callable[[str, Any], Any], str]] = [
+    (option(cugemm.gemm_fp8_nt_groupwise, F8_16, F8_16, S16, numpy(1, 1, **F32), scale_major_mode="K"), role)
+    for role in ("scale_granularity_mnk", "scale_major_mode", "backend", "out_dtype")
+]
+OPTIONS += [
+    (option(cugemm.group_gemm_fp8_nt_groupwise, *GROUPED), role)
+    for role in ("scale_granularity_mnk", "scale_major_mode", "mma_sm", "backend")
+]
+OPTIONS += [
+    (option(cugemm.group_deepgemm_fp8_nt_groupwise, *GROUPED), "scale_granularity_mnk"),
+    (option(cugemm.batch_deepgemm_fp8_nt_groupwise, *MASKED), "scale_granularity_mnk"),
+    (option(cugemm.m_grouped_fp8_gemm_nt_contiguous, (F8_16, S16), GROUPED[1::2], numpy(16, 16), numpy(16, **I32)), "use_psum_layout"),
+    (option(cugemm.fp8_gemm_nt, (F8_16, S16), (F8_16, numpy(1, 1, **F32)), numpy(16, 16)), "recipe"),
+    (option(cugemm.fp8_gemm_nt, (F8_16, S16), (F8_16, S16), numpy(16, 16), recipe_b=(1, 128)), "recipe_a"),
+]
+OPTIONS += [
+    (option(cugemm.moe_gemm_fp8_nt_groupwise, *GROUPED), role) for role in ("scale_granularity_mnk", "scale_major_mode", "is_gated")
+]
+OPTIONS += [
+    (option(cugemm.group_gemm_mxfp8_mxfp4_nt_groupwise, *GROUPED), role)
+    for role in ("mma_sm", "tile_m", "tile_n", "tile_k", "swap_ab", "scale_layout")
+]
+OPTIONS += [(option(cugemm.grouped_mm_fp4, *GROUPED), role) for role in ("block_size", "scale_layout", "backend")]
+OPTIONS += [(option(cugemm.shuffle_matrix_sf_a, numpy(128, 4, **U8), 128), "num_elts_per_sf")]
+OPTIONS += [(option(cugemm.shuffle_matrix_a, numpy(128, 4)), "epilogue_tile_m")]
+OPTIONS += [
+    (option(cugemm.fp4_quantize, numpy(16, 64), 1.0), role)
+    for role in ("sf_vec_size", "sf_use_ue8m0", "is_sf_swizzled_layout", "is_sf_8x4_layout", "is_global_scale_inversed", "backend")
+]
+OPTIONS += [
+    (option(cugemm.nvfp4_quantize, numpy(128, 64), 1.0), role)
+    for role in ("sfLayout", "do_shuffle", "sf_vec_size", "backend", "per_token_activation")
+]
+OPTIONS += [
+    (option(cugemm.mxfp8_quantize, numpy(16, 64)), role) for role in ("is_sf_swizzled_layout", "alignment", "sf_swizzle_layout", "backend")
+]
+OPTIONS += [(option(cugemm.make_nvfp4_global_scale, numpy(16, 64)), "per_token_activation")]
+OPTIONS += [
+    (option(cugemm.e2m1_and_ufp8sf_scale_to_float, *CODES), role)
+    for role in ("sf_vec_size", "ufp8_type", "is_sf_swizzled_layout", "is_sf_8x4_layout")
+]
+OPTIONS += [(option(cugemm.mxfp4_dequantize_host, U8_16, numpy(16, 4, **U8)), "group_size")]
+OPTIONS += [
+    (option(cugemm.per_token_group_quant_8bit, numpy(16, 128), **({} if role == "group_size" else {"group_size": 128})), role)
+    for role in ("group_size", "eps", "dst_dtype", "column_major_scales", "scale_tma_aligned", "scale_ue8m0", "backend")
+]
+
+
+@pytest.mark.parametrize("at", range(len(OPTIONS)), ids=lambda at: f"{at}-{OPTIONS[at][1]}")
+def test_odd_options(at: int) -> None:
+    """Arrays, containers and numbers of another type are refused by name, as are values that compare equal to the right ones."""
+    call, role = OPTIONS[at]
+    for kind, value in ODDS.items():
+        if (role, kind) in (("eps", "float"), ("epilogue_tile_m", "long")):  # right ones
+            continue
+        with pytest.raises((TypeError, ValueError)) as caught:
+            call(role, value)
+        text = str(caught.value)
+        assert role in text and ": " in text, (kind, text)
+        for leak in ("truth value", "unhashable", "array(", "unsupported operand"):
+            assert leak not in text, (kind, text)
+    if role not in ("dst_dtype", "out_dtype", "sf_swizzle_layout", "recipe"):  # those have a meaning for None
+        with pytest.raises((TypeError, ValueError), match=role):
+            call(role, None)
+
+
+def test_numbers_that_compare_equal_do_not_stay_in_caches() -> None:
+    """A refused spelling, and NumPy's integers, leave nothing behind that a later call would get."""
+    call = option(cugemm.gemm_fp8_nt_groupwise, F8_16, F8_16, S16, numpy(1, 1, **F32), scale_major_mode="K")
+    for wrong in ((1.0, 128.0, 128.0), (True, 128, 128), (1, 128)):
+        with pytest.raises(ValueError, match="scale_granularity_mnk"):
+            call("scale_granularity_mnk", wrong)
+    for right in ((np.int64(1), np.int32(128), 128), [1, 128, 128], (1, 128, 128)):
+        assert call("scale_granularity_mnk", right).shape == (16, 16)
+
+
+def test_out_dtype_is_a_quantized() -> None:
+    with pytest.raises(TypeError, match="linear: out_dtype"):
+        cugemm.linear(numpy(4, 64), numpy(16, 64), out_dtype=nvfp4())
+    with pytest.raises(TypeError, match="any product: b_scale_layout is a list"):
+        gemm_options(gpu_formats.ANY, None, b_scale_layout=["linear"])
+
+
+def test_global_scale_of_mxfp4() -> None:
+    q, sf = numpy(16, 32, **U8) + np.uint8(0x22), numpy(512, **U8) + np.uint8(127)
+    call = option(cugemm.e2m1_and_ufp8sf_scale_to_float, q, sf, sf_vec_size=32, ufp8_type=0)
+    for g in (2.0, np.float64(2), np.array(2, np.float32), np.full((1, 1, 1), 2, np.float32)):
+        x = call("global_scale_tensor", g)
+        assert (x.shape, x.dtype) == ((16, 64), np.float32) and (x == 2.0).all()
+    for wrong in (np.ones(1), np.ones(1, np.int32), "2"):
+        with pytest.raises(TypeError, match="global_scale_tensor"):
+            call("global_scale_tensor", wrong)
+    for long in (10**400, 1e300, float("nan")):
+        with pytest.raises(ValueError, match="global_scale_tensor"):
+            call("global_scale_tensor", long)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

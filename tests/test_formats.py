@@ -125,7 +125,7 @@ def test_scale_layouts(dev: Host, name: str, layout: str) -> None:
         pair = formats.make(batch, 130, 140, 200, name, name, exact=True, batch=(batch,))
         verify(dev, pair, scale_layouts=(layout, layout))
         tiled = formats.tiled(pair.a.scale, layout)
-        flat = Quantized(pair.a.data, tiled.reshape(-1), name, tensor_scale=pair.a.tensor, scale_layout=layout)
+        flat = Quantized(pair.a.data, tiled.reshape(batch, -1), name, tensor_scale=pair.a.tensor, scale_layout=layout)
         other = gpu_formats.operand(dev, pair.b)
         oracles.check_exact(pair.case, cugemm.matmul(flat, other.T), "bfloat16")
 
@@ -320,6 +320,66 @@ def test_parts_of_tiles(dev: Host, name: str, layout: str) -> None:
                 np.testing.assert_array_equal(shown(q[(*stack, rows)]), x.values.astype(np.float32)[(*stack, rows)])
 
 
+def test_parts_of_stacks(dev: Host) -> None:
+    """Integers of any kind, one Ellipsis, iteration; scales shared by the stack; second scales of every shape that products read."""
+    rng = np.random.default_rng(8)
+    x = formats.exact_operand(rng, "nvfp4", (3, 32, 64), False)
+    q = gpu_formats.operand(dev, x)
+    values = x.values.astype(np.float32)
+    assert len(q) == 3 and len(q[0]) == 32
+    for i, part in enumerate(q):
+        np.testing.assert_array_equal(shown(part), values[i])
+    for index in (np.int64(-1), ..., (..., np.s_[:16]), (1, ...), np.s_[::2], (0, np.s_[8:]), np.s_[1:], (np.s_[:], ..., np.s_[:])):
+        np.testing.assert_array_equal(shown(q[index]), values[index])
+    for shape in ((), (1,), (3,), (3, 1, 1), (32, 1), (1, 32, 1), (3, 32, 1)):
+        tensor = np.exp2(rng.integers(-3, 4, shape)).astype(np.float32).reshape(shape)
+        wide = tensor[:, None, None] if shape == (3,) else tensor
+        for name in ("nvfp4", "nvfp4_row"):
+            own = Quantized(q.data, q.scale, name, tensor_scale=tensor)
+            whole = formats.values("nvfp4", x.data, x.scale).astype(np.float32) * wide
+            for index in (0, 2, np.s_[1:], (1, np.s_[4:8]), (np.s_[:], np.s_[2:5]), (np.s_[:1], np.s_[4:5])):
+                np.testing.assert_array_equal(shown(own[index]), whole[index])
+    for scale in (x.scale[0], x.scale[:1]):
+        shared = Quantized(q.data, scale, "nvfp4")
+        whole = formats.values("nvfp4", x.data, np.broadcast_to(x.scale[:1], x.scale.shape)).astype(np.float32)
+        for index in (2, np.s_[1:], (np.s_[1:], np.s_[4:8], np.s_[16:48]), (-1, np.s_[:], np.s_[32:])):
+            np.testing.assert_array_equal(shown(shared[index]), whole[index])
+            assert not isinstance(index, int) or shared.T[index].shape == (64, 32)
+    tiled = Quantized(q.data, formats.tiled(x.scale[:1], "8x4"), "nvfp4", scale_layout="8x4")
+    np.testing.assert_array_equal(shown(tiled[1, 8:16]), whole[1, 8:16])
+
+
+def test_parts_under_second_scales_of_one_matrix(dev: Host) -> None:
+    x = formats.exact_operand(np.random.default_rng(8), "nvfp4", (32, 64), False)
+    plain = formats.values("nvfp4", x.data, x.scale).astype(np.float32)
+    rows = np.exp2(np.arange(32) % 5).astype(np.float32)
+    for name in ("nvfp4", "nvfp4_row"):
+        for tensor in (0.5, np.float32(0.5), np.array([0.5], np.float32), rows, rows[:, None]):
+            q = Quantized(x.data, x.scale, name, tensor_scale=tensor)
+            factor = rows[:, None] if np.size(tensor) > 1 else np.full((32, 1), 0.5, np.float32)
+            np.testing.assert_array_equal(shown(q[0:8]), (plain * factor)[0:8])
+            np.testing.assert_array_equal(shown(q.T[16:, 4:20]), (plain * factor)[4:20, 16:])
+    row = Quantized(np.ones((32, 64), np.int8), rows, "int8_row")
+    np.testing.assert_array_equal(shown(row[4:20]), np.repeat(rows[4:20, None], 64, axis=1))
+
+
+def test_shuffled_rows_of_a_column_major_matrix() -> None:
+    """The rows that do_shuffle moves are those that are quantised: of the transpose, where its k is contiguous."""
+    x = np.random.default_rng(8).standard_normal((128, 64)).astype(np.float32)
+    q, sf = cugemm.nvfp4_quantize(x, 100.0, do_shuffle=True)
+    turned, sf_turned = cugemm.nvfp4_quantize(x.T, 100.0, do_shuffle=True)
+    np.testing.assert_array_equal(turned, q.T)
+    np.testing.assert_array_equal(sf_turned, sf.T)
+    with pytest.raises(ValueError, match=r"column-major a \[k, m\] with m a multiple of 128 .* a has shape \(128, 64\)"):
+        cugemm.nvfp4_quantize(np.asfortranarray(x), 100.0, do_shuffle=True)
+
+
+def test_equal_only_to_itself() -> None:
+    """Arrays do not compare to one truth value: a Quantized is equal to itself alone, and may be a key."""
+    q = cugemm.quantize(np.ones((16, 64), np.float32), "nvfp4")
+    assert (q == q[:], len({q, q, q[:]}), [q[:], q].index(q)) == (False, 2, 1)
+
+
 @pytest.mark.parametrize("name", SCALED)
 def test_transposed_twice_and_printed(dev: Host, name: str) -> None:
     x = formats.exact_operand(np.random.default_rng(9), name, (12, 64), False)
@@ -373,3 +433,19 @@ def test_jax(name: str) -> None:
     pair = formats.make(12, 9, 33, 130, "bf16", name, exact=True)
     x, w = (gpu_formats.operand(Jax(), side, scale_layout="128x4") for side in (pair.a, pair.b))
     oracles.check_exact(pair.case, np.asarray(cugemm.linear(x, w, out_dtype="float32")), "float32")
+
+
+@pytest.mark.requires("jax")
+def test_jax_parts() -> None:
+    """JAX clamps what is out of bounds, and counts the values of its float4: neither is the caller's business."""
+    jnp = pytest.importorskip("jax.numpy")
+    x = formats.exact_operand(np.random.default_rng(8), "nvfp4", (3, 16, 64), False)
+    scale = jnp.asarray(x.scale)
+    q = Quantized(jnp.asarray(x.data), scale, "nvfp4")
+    assert len(list(q)) == 3
+    with pytest.raises(IndexError, match="index 7 is outside the stack of 3"):
+        q[7]
+    if hasattr(jnp, "float4_e2m1fn"):
+        values = Quantized(jnp.zeros((3, 16, 64), jnp.float4_e2m1fn), scale, "nvfp4")
+        part = values[1, 4:8, 16:48]
+        assert (part.shape, part.data.shape, part.scale.shape) == ((4, 32), (4, 32), (4, 2))

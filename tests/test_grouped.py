@@ -247,13 +247,85 @@ def test_every_error_comes_before_the_first_launch(monkeypatch: pytest.MonkeyPat
     cugemm.grouped_matmul(x, w, **good)
     monkeypatch.setattr(rehearsal, "recording", lambda: pytest.fail("a second call is not rehearsed"))
     cugemm.grouped_matmul(x, w, **good)
-    monkeypatch.setattr(rehearsal, "_SEEN", set(range(rehearsal._MOST)))
+    monkeypatch.setattr(rehearsal, "_SEEN", {})
     monkeypatch.undo()
     cugemm.grouped_matmul(x, w, **good)
 
 
+@pytest.mark.parametrize("put", [lambda x: x, to_torch], ids=["numpy", "torch"])
+def test_out_is_compared_with_every_operand_in_every_call(put: Callable[[Array], Any]) -> None:
+    rng = np.random.default_rng(9)
+    x, w = (put(rng.standard_normal(shape).astype(BF16)) for shape in ((6, 64), (3, 64, 64)))
+    pairs, share, one = (put(a) for a in (np.zeros((6, 2), np.int32), np.full((6, 2), 0.5, np.float32), np.zeros(6, np.int32)))
+    out, square = put(np.zeros((6, 64), BF16)), put(np.zeros((64, 64), BF16))
+    rows = put(np.zeros((6, 2, 64), BF16))
+    calls: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
+        "x and weights": (lambda o: cugemm.grouped_matmul(x, w, indices=pairs, weights=share, out=o), out, x),
+        "x and activations": (lambda o: cugemm.grouped_matmul(x, w, indices=one, activations="fp8_row", out=o), out, x),
+        "x of pairs": (lambda o: cugemm.grouped_matmul(rows, w, indices=pairs, activations="fp8_row", out=o), rows * 0, rows),
+        "x": (lambda o: cugemm.linear(x, square, activations="fp8_row", out=o), out, x),
+        "w": (lambda o: cugemm.linear(x, square, activations="fp8_row", out=o), out, square[:6]),
+        "x of three axes": (lambda o: cugemm.linear(rows, square, activations="fp8_row", out=o), rows * 0, rows),
+    }
+    for name, (call, good, bad) in calls.items():
+        for _ in range(2):
+            before = launch.launches
+            with pytest.raises(ValueError, match=rf"out shares memory with {'w' if name == 'w' else 'x'}; pass an out of its own"):
+                call(bad)
+            assert launch.launches == before, name
+            call(good)
+
+
+def test_pairs_of_a_quantized() -> None:
+    rng = np.random.default_rng(10)
+    x, w = rng.standard_normal((3, 2, 64)).astype(BF16), rng.standard_normal((4, 8, 64)).astype(BF16)
+    indices = rng.integers(0, 4, (3, 2)).astype(np.int32)
+
+    def both(q: Quantized) -> None:
+        y = cugemm.grouped_matmul(q, w, indices=indices, out_dtype="float32")
+        flat = cugemm.linear(cugemm.dequantize(q, "bfloat16").reshape(6, 64), w.reshape(32, 64), out_dtype="float32").reshape(3, 2, 4, 8)
+        picked = np.take_along_axis(flat, indices[..., None, None], 2)[:, :, 0]
+        np.testing.assert_allclose(y, picked, rtol=1e-2, atol=1e-1)
+
+    q = cugemm.quantize(x, "nvfp4")
+    for tensor_scale in (None, 0.5, 1, np.float32(2), np.ones(1, np.float32)):
+        both(Quantized(q.data, q.scale, "nvfp4", tensor_scale=tensor_scale))
+    row = cugemm.quantize(x, "nvfp4_row")
+    assert row.tensor_scale.shape == (3, 2, 1)
+    both(row)
+    eight = cugemm.quantize(x, "fp8_tensor")
+    both(eight)
+    refused = {
+        "one per matrix": Quantized(eight.data, np.ones((3, 1, 1), np.float32), "fp8_tensor"),
+        "shared by matrices": Quantized(eight.data, np.ones((2, 1), np.float32), "fp8_row"),
+        "tensor scales of matrices": Quantized(q.data, q.scale, "nvfp4", tensor_scale=np.ones(3, np.float32)),
+    }
+    for name, x3 in refused.items():
+        with pytest.raises(ValueError, match=r"grouped_matmul: x is .*do not follow its rows one by one; pass it as \[6, 64\]"):
+            pytest.fail(f"{name}: {cugemm.grouped_matmul(x3, w, indices=indices)}")
+    with pytest.raises(TypeError, match="zero points go with experts only"):
+        cugemm.grouped_matmul(cugemm.quantize(x, "uint4_g32"), w, indices=indices)
+
+
+def test_expert_indices_have_one_axis() -> None:
+    x, w = np.ones((6, 16), BF16), np.ones((3, 16, 8), BF16)
+    with pytest.raises(ValueError, match=r"expert_indices has shape \(6, 2\); wanted \[m\].*grouped_matmul\(x, experts, indices=...\)"):
+        cugemm.SegmentGEMMWrapper().run(x, w, np.zeros((6, 2), np.int32))
+
+
+def test_combined_out_is_refused_in_the_name_of_the_call() -> None:
+    x, w, weights = np.ones((6, 64), BF16), np.ones((3, 8, 64), BF16), np.ones((6, 2), np.float32)
+    for out, text in (
+        (np.empty((5, 8), BF16), "out has shape (5, 8), but the result has shape (6, 8); pass out of that shape or drop it."),
+        (np.empty((6, 8), np.int32), "out is int32; results come as "),
+        (np.empty((6, 8), BF16), "out is bfloat16, but out_dtype is float32; drop one of them."),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"grouped_matmul: {text}")):
+            cugemm.grouped_matmul(x, w, indices=np.zeros((6, 2), np.int32), weights=weights, out=out, out_dtype="float32")
+
+
 def test_the_list_of_rehearsals_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[Any] = {(i,) for i in range(rehearsal._MOST)}
+    seen: dict[Any, tuple[str, ...]] = {(i,): () for i in range(rehearsal._MOST)}
     monkeypatch.setattr(rehearsal, "_SEEN", seen)
     x, w = np.ones((2, 16), BF16), np.ones((1, 8, 16), BF16)
     cugemm.grouped_matmul(x, w, indices=np.zeros(2, np.int32), activations="fp8_row")

@@ -78,8 +78,10 @@ def run(op: Any, arrays: tuple[Any, ...], options: Any) -> Any:
             )
         operands.append(x)
     pattern = tuple([x is not None for x in arrays])
-    for i in scalars:
-        operands[i] = _scalar(operands[i], traced, operands[0])
+    if scalars:
+        like = next(x for x in operands if isinstance(x, jax.Array))  # a number where an array is wanted is for op.check to refuse
+        for i in scalars:
+            operands[i] = _scalar(operands[i], traced, like)
     if traced:
         return _bind(op, pattern, options, _ordinal(device or _default_device()), *operands)
     key = (op.name, pattern, options, device)

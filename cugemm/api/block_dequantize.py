@@ -9,12 +9,12 @@ import functools
 import math
 from typing import Any
 
-from cugemm.api.common import shape_of
+from cugemm.api.common import choice, matches, shape_of, shown
 from cugemm.api.quantize import DEQUANTIZE
-from cugemm.api.shuffle import layout_of, tiles
-from cugemm.arrays import Spec, is_scalar
+from cugemm.api.shuffle import layout_of, shaped, tiles
+from cugemm.arrays import Spec, framework_of, is_scalar
 from cugemm.conversion import QuantizeOptions
-from cugemm.formats import MXFP4, MXFP8, NVFP4, Format
+from cugemm.formats import FP32, MXFP4, MXFP8, NVFP4, Format
 from cugemm.launch import run
 from cugemm.scale_layout import SfLayout
 
@@ -44,21 +44,43 @@ def e2m1_and_ufp8sf_scale_to_float(
     >>> x = cugemm.e2m1_and_ufp8sf_scale_to_float(q, sf, 1 / g)
     """
     name = "e2m1_and_ufp8sf_scale_to_float"
-    fmt = _FORMATS.get((sf_vec_size, ufp8_type))
+    fmt = next((fmt for said, fmt in _FORMATS.items() if matches((sf_vec_size, ufp8_type), said)), None)
     if fmt is None:
         raise ValueError(
-            f"{name}: sf_vec_size is {sf_vec_size!r} and ufp8_type {ufp8_type!r}; wanted 16 and 1 (nvfp4) or 32 and 0 (mxfp4)."
+            f"{name}: sf_vec_size is {shown(sf_vec_size)} and ufp8_type {shown(ufp8_type)}; wanted 16 and 1 (nvfp4) or 32 and 0 (mxfp4)."
         )
+    layout = tiles(name, is_sf_swizzled_layout, is_sf_8x4_layout)
     if is_sf_8x4_layout and not is_sf_swizzled_layout:
         raise ValueError(f"{name}: is_sf_8x4_layout is True, but is_sf_swizzled_layout is False; wanted one layout.")
     g = global_scale_tensor
     if g is not None and not is_scalar(g) and math.prod(shape_of(name, "global_scale_tensor", g)) != 1:
         raise ValueError(f"{name}: global_scale_tensor has shape {shape_of(name, 'global_scale_tensor', g)}; wanted one element.")
-    options = _options(fmt, tiles(is_sf_swizzled_layout, is_sf_8x4_layout))
+    options = _options(fmt, layout)
     if fmt is NVFP4:
         return run(DEQUANTIZE, (e2m1_tensor, ufp8_scale_tensor, g, None), options)
+    factor = _factor(name, g, e2m1_tensor)
     x = run(DEQUANTIZE, (e2m1_tensor, ufp8_scale_tensor, None, None), options)
-    return x if g is None or isinstance(x, Spec) else x * g  # mxfp4 has no second scale of its own
+    return x if factor is None or isinstance(x, Spec) else x * factor  # mxfp4 has no second scale of its own
+
+
+def _factor(name: str, g: Any, beside: Any) -> Any:
+    """g as what leaves the dtype and shape of a float32 array that it multiplies."""
+    if g is None or isinstance(g, Spec):
+        return None
+    if is_scalar(g):
+        if not abs(g) <= FP32.max:  # an int may be too long for a float
+            raise ValueError(f"{name}: global_scale_tensor is {shown(g)}; wanted a number that float32 holds.")
+        return float(g)
+    own, other = framework_of(g, f"{name}: global_scale_tensor"), framework_of(beside, f"{name}: e2m1_tensor")
+    view, data = own.view(g, "global_scale_tensor"), other.view(beside, "e2m1_tensor")
+    if view.dtype != FP32.dtype:
+        raise TypeError(f"{name}: global_scale_tensor is {view.dtype}; wanted float32.")
+    if type(own) is not type(other) or view.device != data.device:
+        raise TypeError(
+            f"{name}: global_scale_tensor is a {own.name} array on device {view.device}, but e2m1_tensor is {other.name} on {data.device}; "
+            "they must agree."
+        )
+    return shaped(g, ())
 
 
 def mxfp4_dequantize(a_fp4: Any, a_sf: Any, sfLayout: SfLayout | int = SfLayout.layout_128x4) -> Any:
@@ -80,8 +102,7 @@ def mxfp4_dequantize_host(weight: Any, scale: Any, group_size: int = 32) -> Any:
 
     >>> x = cugemm.mxfp4_dequantize_host(blocks, scales)
     """
-    if group_size != 32:
-        raise ValueError(f"mxfp4_dequantize_host: group_size is {group_size!r}; mxfp4 has one scale for each 32 values.")
+    choice("mxfp4_dequantize_host", "group_size", group_size, (32,), "32, as mxfp4 has one scale for each 32 values")
     return run(DEQUANTIZE, (weight, scale, None, None), _options(MXFP4, "linear"))
 
 
@@ -96,7 +117,7 @@ def mxfp8_dequantize_host(
 
     >>> x = cugemm.mxfp8_dequantize_host(*cugemm.mxfp8_quantize(w))
     """
-    layout = tiles(is_sf_swizzled_layout, False)
+    layout = tiles("mxfp8_dequantize_host", is_sf_swizzled_layout, False)
     if sf_swizzle_layout is not None:
         layout = layout_of("mxfp8_dequantize_host", "sf_swizzle_layout", sf_swizzle_layout)
     return run(DEQUANTIZE, (input, scale_tensor, None, None), _options(MXFP8, layout))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cugemm.api.common import shape_of
+from cugemm.api.common import choice, flag, matches, shape_of, shown
 from cugemm.api.shuffle import block_scale_interleave, layout_of, shaped, shuffled_rows, tiles
 from cugemm.arrays import Spec, is_scalar
 from cugemm.conversion import QuantizeOp, QuantizeOptions
@@ -70,15 +70,18 @@ def fp4_quantize(
     """
     name = "fp4_quantize"
     check_backend(name, backend, ("cuda", "cute-dsl"))
-    if (sf_vec_size, bool(sf_use_ue8m0)) not in ((16, False), (32, True)):
+    mx = matches((sf_vec_size, sf_use_ue8m0), (32, True))
+    if not mx and not matches((sf_vec_size, sf_use_ue8m0), (16, False)):
         raise ValueError(
-            f"{name}: sf_vec_size is {sf_vec_size!r} and sf_use_ue8m0 {sf_use_ue8m0!r}; wanted 16 and False (nvfp4) or 32 and True (mxfp4)."
+            f"{name}: sf_vec_size is {shown(sf_vec_size)} and sf_use_ue8m0 {shown(sf_use_ue8m0)}; "
+            "wanted 16 and False (nvfp4) or 32 and True (mxfp4)."
         )
-    layout = tiles(is_sf_swizzled_layout, is_sf_8x4_layout)
-    if sf_use_ue8m0:
+    layout = tiles(name, is_sf_swizzled_layout, is_sf_8x4_layout)
+    inversed = flag(name, "is_global_scale_inversed", is_global_scale_inversed)
+    if mx:
         _no_global_scale(name, global_scale)
         return _fp4(_FP4, input, MXFP4, layout)
-    return _fp4(_FP4, input, NVFP4, layout, global_scale, not is_global_scale_inversed)
+    return _fp4(_FP4, input, NVFP4, layout, global_scale, not inversed)
 
 
 def nvfp4_quantize(
@@ -109,25 +112,32 @@ def nvfp4_quantize(
     check_backend(name, backend, ("cuda", "cute-dsl"))
     _check_vec_size(name, sf_vec_size)
     layout = layout_of(name, "sfLayout", sfLayout)
+    do_shuffle = flag(name, "do_shuffle", do_shuffle)
+    per_token_activation = flag(name, "per_token_activation", per_token_activation)
     if expanded_idx_to_permuted_idx is not None and not per_token_activation:
         raise ValueError(f"{name}: expanded_idx_to_permuted_idx goes with per_token_activation=True; drop it.")
+    columns = do_shuffle and not per_token_activation and _column_major(a)
     if do_shuffle:
         shape = shape_of(name, "a", a)
-        if layout != "128x4" or len(shape) != 2 or shape[0] % 128:
+        if layout != "128x4" or len(shape) != 2 or shape[columns] % 128:
+            what = "column-major a [k, m]" if columns else "a [m, k]"
             raise ValueError(
-                f"{name}: do_shuffle takes a [m, k] with m a multiple of 128 and sfLayout 128x4; a has shape {shape}, sfLayout is {layout}."
+                f"{name}: do_shuffle takes {what} with m a multiple of 128 and sfLayout 128x4; a has shape {shape}, sfLayout is {layout}."
             )
         layout = "linear"
+    if columns:  # rows that are shuffled are those of the transpose, which is what gets quantised
+        a = swapped(a)
     if per_token_activation:
-        if is_scalar(a_global_sf) and np.float32(a_global_sf) != np.float32(_PER_TOKEN):
-            raise ValueError(f"{name}: a_global_sf is {a_global_sf}; with per_token_activation wanted 1 / (448 * 6).")
+        if is_scalar(a_global_sf) and not (abs(a_global_sf) < 1 and np.float32(a_global_sf) == np.float32(_PER_TOKEN)):
+            raise ValueError(f"{name}: a_global_sf is {shown(a_global_sf)}; with per_token_activation wanted 1 / (448 * 6).")
         results: tuple[Any, ...] = _per_token(a, layout)
     else:
         results = _fp4(_NVFP4, a, NVFP4, layout, a_global_sf, True)
     if not do_shuffle:
         return results
     q, sf, *s = (shuffled_rows(x) for x in results)
-    return (q, shaped(block_scale_interleave(sf), (sf.shape[0], -1)), *s)
+    sf = shaped(block_scale_interleave(sf), (sf.shape[0], -1))
+    return (swapped(q), swapped(sf), *s) if columns else (q, sf, *s)
 
 
 def mxfp4_quantize(
@@ -168,9 +178,11 @@ def mxfp8_quantize(
     """
     name = "mxfp8_quantize"
     check_backend(name, backend, ("cuda", "cute-dsl"))
-    if not isinstance(alignment, int) or alignment < 1 or alignment % 32:
-        raise ValueError(f"{name}: alignment is {alignment!r}; wanted a multiple of 32.")
-    layout = tiles(is_sf_swizzled_layout, False) if sf_swizzle_layout is None else layout_of(name, "sf_swizzle_layout", sf_swizzle_layout)
+    if not isinstance(alignment, int) or not 1 <= alignment <= 2**30 or alignment % 32:
+        raise ValueError(f"{name}: alignment is {shown(alignment)}; wanted a multiple of 32.")
+    layout = tiles(name, is_sf_swizzled_layout, False)
+    if sf_swizzle_layout is not None:
+        layout = layout_of(name, "sf_swizzle_layout", sf_swizzle_layout)
     rows, lead = _rows(_MXFP8, input)
     q, sf = run(_MXFP8, (rows, None, None, None), _options(MXFP8, layout, align=alignment))
     return (q if lead is None else shaped(q, (*lead, q.shape[-1]))), shaped(sf, (-1,))
@@ -219,7 +231,7 @@ def silu_and_mul_nvfp4_quantize(
     name = "silu_and_mul_nvfp4_quantize"
     _check_vec_size(name, sf_vec_size)
     _given(name, "global_scale", global_scale)
-    options = _options(NVFP4, tiles(is_sf_swizzled_layout, is_sf_8x4_layout), encode_scale=True, silu=True)
+    options = _options(NVFP4, tiles(name, is_sf_swizzled_layout, is_sf_8x4_layout), encode_scale=True, silu=True)
     q, sf = run(_SILU, (_rows(_SILU, input)[0], global_scale, None, None), options)
     return shaped(q, (math.prod(q.shape[:-1]), q.shape[-1])), sf
 
@@ -267,7 +279,7 @@ def make_nvfp4_global_scale(
     name = "make_nvfp4_global_scale"
     if nvfp4_4over6_config is not None:
         raise ValueError(f"{name}: nvfp4_4over6_config is a {type(nvfp4_4over6_config).__name__}; only None, scales for 6, is supported.")
-    value = _PER_TOKEN if per_token_activation else global_scale
+    value = _PER_TOKEN if flag(name, "per_token_activation", per_token_activation) else global_scale
     if value is not None and not is_scalar(value):
         raise TypeError(f"{name}: global_scale is a {type(value).__name__}; pass a number (an array is one already).")
     rows, _ = _rows(_GLOBAL_SCALE, input_tensor)
@@ -324,13 +336,11 @@ def _options(format: Format, layout: str, *, flat: bool = True, **others: Any) -
 
 def check_backend(name: str, backend: str, known: tuple[str, ...]) -> None:
     """FlashInfer's names all mean the one kernel there is."""
-    if backend not in ("auto", *known):
-        raise ValueError(f"{name}: backend is {backend!r}; wanted one of {', '.join(map(repr, ('auto', *known)))}.")
+    choice(name, "backend", backend, ("auto", *known), f"one of {', '.join(map(repr, ('auto', *known)))}")
 
 
 def _check_vec_size(name: str, sf_vec_size: int) -> None:
-    if sf_vec_size != 16:
-        raise ValueError(f"{name}: sf_vec_size is {sf_vec_size!r}; nvfp4 has one scale for each 16 values.")
+    choice(name, "sf_vec_size", sf_vec_size, (16,), "16, as nvfp4 has one scale for each 16 values")
 
 
 def _given(name: str, role: str, x: Any) -> None:
@@ -342,7 +352,9 @@ def _given(name: str, role: str, x: Any) -> None:
 def _no_global_scale(name: str, global_scale: Any) -> None:
     """mxfp4 has no second scale; FlashInfer's callers pass an array of 1, whose value is on the device."""
     if is_scalar(global_scale) and global_scale != 1:
-        raise ValueError(f"{name}: global_scale is {global_scale}, but mxfp4 (sf_use_ue8m0) has no second scale; multiply it into input.")
+        raise ValueError(
+            f"{name}: global_scale is {shown(global_scale)}, but mxfp4 (sf_use_ue8m0) has no second scale; multiply it into input."
+        )
 
 
 def _inverse(x: Any) -> Any:

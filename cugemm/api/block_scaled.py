@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from cugemm.api.common import dtype_of, gemm_options, is_float16, product, shape_of
+from cugemm.api.common import choice, dtype_of, flag, gemm_options, is_float16, product, shape_of
 from cugemm.api.rehearsal import spec_of
 from cugemm.arrays import SPEC, framework_of, is_scalar
-from cugemm.formats import E2M1, E2M1X2, E4M3, E8M0, FP32
-from cugemm.problem import FLOATS4, FLOATS8, FLOATS16, GemmOp, GemmOptions
+from cugemm.formats import E2M1, E2M1X2, E4M3, E8M0, FP32, LAYOUTS
+from cugemm.problem import A_SCALE, B_SCALE, FLOATS4, FLOATS8, FLOATS16, GemmOp, GemmOptions
 from cugemm.problem import product as register
 from cugemm.quantized import Quantized
 from cugemm.scale_layout import padded
@@ -51,7 +51,7 @@ def mm_mxfp8(
     a [m, k], b [k, n]: float8_e4m3fn or float8_e5m2, any mix and layout (b is usually the transposed view of a weight [n, k]), or
     Quantized, which bring their scales.
     a_descale, b_descale: e8m0 codes, uint8 or float8_e8m0fnu, as `mxfp8_quantize` returns them: 128x4 tiles, 1-D or [padded rows, padded
-    blocks], rows being those of a and the columns of b. use_8x4_sf_layout: those of a lie in 8x4 tiles.
+    blocks], rows being those of a and the columns of b (under JAX not .T, which copies). use_8x4_sf_layout: those of a lie in 8x4 tiles.
     scale_layout="linear": a_descale [m, ceil(k/32)], b_descale [ceil(k/32), n].
     out_dtype: default bfloat16. backend: FlashInfer's names mean "auto", except "trtllm" (ValueError: it reads b shuffled). skip_check:
     changes nothing. No multiple of anything is asked of m, n or k.
@@ -62,8 +62,11 @@ def mm_mxfp8(
     >>> out = cugemm.mm_mxfp8(a, w.T, *scales)
     """
     _refuse_shuffled(_MM_MXFP8, backend)
+    layout, scale_layout = _in_words(_layouts, "mm_mxfp8", scale_layout, use_8x4_sf_layout)
+    _refuse_turned(_MM_MXFP8, A_SCALE, a, a_descale, 32, layout)
+    _refuse_turned(_MM_MXFP8, B_SCALE, b, b_descale, 32, scale_layout)
     options = gemm_options(_MM_MXFP8, out_dtype, backend, _MXFP8_BACKENDS)
-    options = _read_a(options, E8M0.name, _layout_of_a(_MM_MXFP8, scale_layout, use_8x4_sf_layout))
+    options = _read_a(options, E8M0.name, layout)
     options = _read_b(options, E8M0.name, scale_layout)
     return product(_MM_MXFP8, a, b, options, a_scale=a_descale, b_scale=b_descale, out=out)
 
@@ -93,6 +96,9 @@ def bmm_mxfp8(
 
     >>> out = cugemm.bmm_mxfp8(A, W.swapaxes(1, 2), A_scale, W_scale, "bfloat16")
     """
+    _, scale_layout = _in_words(_layouts, "bmm_mxfp8", scale_layout, False)
+    _refuse_turned(_BMM_MXFP8, A_SCALE, A, A_scale, 32, scale_layout)
+    _refuse_turned(_BMM_MXFP8, B_SCALE, B, B_scale, 32, scale_layout)
     rows = "" if scale_layout == "linear" else "flat"
     options = gemm_options(_BMM_MXFP8, dtype, backend, _BMM_MXFP8_BACKENDS)
     options = _read_a(options, E8M0.name, scale_layout, rows="" if type(A) is Quantized else rows)
@@ -137,6 +143,8 @@ def mm_fp4(
     >>> out = cugemm.mm_fp4(a, b.T, a_sf, b_sf.T, alpha)
     """
     _refuse_shuffled(_MM_FP4, backend)
+    layout, scale_layout = _in_words(_layouts, "mm_fp4", scale_layout, use_8x4_sf_layout)
+    element = _in_words(_element, "mm_fp4", use_nvfp4, block_size)
     weights_only = is_float16(a)
     if type(b) is Quantized:
         if b_descale is not None or (weights_only and a_descale is not None):
@@ -145,6 +153,10 @@ def mm_fp4(
         if a_descale is not None and b_descale is not None:
             raise TypeError(f"mm_fp4: a is {dtype_of(a)}, which takes no a_descale; pass mm_fp4(a, b, scale_of_b).")
         a_descale, b_descale = None, (b_descale if a_descale is None else a_descale)
+        if b_descale is None:
+            raise TypeError(
+                "mm_fp4: b_descale is missing; fp4 codes mean nothing without scales: pass mm_fp4(a, b, scale_of_b), or a Quantized b."
+            )
     elif b_descale is None:
         raise TypeError(
             f"mm_fp4: b_descale is missing; a is {_shown(a)}, fp4 activations, which need block scales on both sides. For bfloat16 or "
@@ -154,23 +166,35 @@ def mm_fp4(
         raise ValueError("mm_fp4: use_8x4_sf_layout is True, but 16-bit activations have no block scales; drop it.")
     options = gemm_options(_MM_FP4, out_dtype, backend, _FP4_BACKENDS)
     if not weights_only:
-        layout = _layout_of_a(_MM_FP4, scale_layout, use_8x4_sf_layout)
-        options = _read_a(options, _element(_MM_FP4, use_nvfp4, block_size), layout, E2M1X2.name)
+        _refuse_turned(_MM_FP4, A_SCALE, a, a_descale, block_size, layout, 2)
+        options = _read_a(options, element, layout, E2M1X2.name)
     if type(b) is not Quantized:
         if weights_only and dtype_of(b_descale) not in _BYTES:
             options = _read_b(options, "", "linear", (E2M1X2 if _packed(a, b) else E2M1).name)
         else:
-            _refuse_turned(b, b_descale, block_size, scale_layout)
-            options = _read_b(options, _element(_MM_FP4, use_nvfp4, block_size), scale_layout, E2M1X2.name)
+            _refuse_turned(_MM_FP4, B_SCALE, b, b_descale, block_size, scale_layout, 2)
+            options = _read_b(options, element, scale_layout, E2M1X2.name)
     return product(_MM_FP4, a, b, options, a_scale=a_descale, b_scale=b_descale, alpha=alpha, out=out)
 
 
-def _element(op: GemmOp, use_nvfp4: bool, block_size: int) -> str:
+def _in_words(read: Any, *given: Any) -> Any:
+    """`read(*given)` from its cache, where values can be hashed; those that cannot are refused, without the cache."""
+    try:
+        return read(*given)
+    except TypeError:
+        pass
+    return read.__wrapped__(*given)
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _element(name: str, use_nvfp4: Any, block_size: Any) -> str:
     """The element of the block scales that the flags speak of."""
-    name, block = ("nvfp4", 16) if use_nvfp4 else ("mxfp4", 32)
+    use_nvfp4 = flag(name, "use_nvfp4", use_nvfp4)
+    block_size = choice(name, "block_size", block_size, (16, 32), "16 for nvfp4 or 32 for mxfp4")
+    fmt, block = ("nvfp4", 16) if use_nvfp4 else ("mxfp4", 32)
     if block_size != block:
         other = "use_nvfp4=False for mxfp4" if use_nvfp4 else "use_nvfp4=True for nvfp4"
-        raise ValueError(f"{op.name}: block_size is {block_size}, but {name} has blocks of {block}; pass block_size={block}, or {other}.")
+        raise ValueError(f"{name}: block_size is {block_size}, but {fmt} has blocks of {block}; pass block_size={block}, or {other}.")
     return E4M3.name if use_nvfp4 else E8M0.name
 
 
@@ -186,14 +210,18 @@ def _read_b(options: GemmOptions, element: str, layout: str, payload: str | None
     return options._replace(b_element=payload, b_scale_element=element, b_scale_layout=layout, b_scale_rows=rows)
 
 
-def _layout_of_a(op: GemmOp, scale_layout: str, use_8x4: bool) -> str:
-    if use_8x4 and scale_layout == "linear":
-        raise ValueError(f"{op.name}: use_8x4_sf_layout is True, but scale_layout is 'linear'; drop one of them.")
-    return "8x4" if use_8x4 else scale_layout
+@functools.lru_cache(maxsize=256, typed=True)
+def _layouts(name: str, scale_layout: Any, use_8x4: Any) -> tuple[str, str]:
+    """How the scales of a and b lie."""
+    layout = choice(name, "scale_layout", scale_layout, LAYOUTS, f"one of {', '.join(map(repr, LAYOUTS))}")
+    eight = flag(name, "use_8x4_sf_layout", use_8x4)
+    if eight and layout == "linear":
+        raise ValueError(f"{name}: use_8x4_sf_layout is True, but scale_layout is 'linear'; drop one of them.")
+    return "8x4" if eight else layout, layout
 
 
-def _refuse_shuffled(op: GemmOp, backend: str) -> None:
-    if backend == "trtllm":
+def _refuse_shuffled(op: GemmOp, backend: Any) -> None:
+    if isinstance(backend, str) and backend == "trtllm":
         raise ValueError(
             f"{op.name}: backend is 'trtllm', which in FlashInfer reads b and its scales with shuffled rows (shuffle_matrix_a); pass "
             "them as they were quantised, and backend='auto'."
@@ -206,19 +234,32 @@ def _packed(a: Any, b: Any) -> bool:
     return len(shape_b) >= 2 and len(shape_a) >= 1 and 2 * shape_b[-2] == shape_a[-1]
 
 
-def _refuse_turned(b: Any, scale: Any, block: int, layout: str) -> None:
-    """Refuse tiles of mm_fp4's b that `.T` may have copied, which is what it does in JAX: their bytes are then in another order."""
-    if layout not in ("128x4", "8x4") or is_scalar(scale) or framework_of(scale, "mm_fp4: b_descale").name != "JAX":
+def _refuse_turned(op: GemmOp, position: int, x: Any, scale: Any, block: int, layout: str, per_item: int = 1) -> None:
+    """Refuse tiles that `.T` may have copied, which is what it does in JAX: their bytes are then in another order.
+
+    position: of the scale among the roles. x: its operand, a [.., m, k] or b [.., k, n], `per_item` values an element along k.
+    """
+    if layout not in ("128x4", "8x4") or scale is None or is_scalar(scale):
         return
-    shape, shape_b = tuple(scale.shape), shape_of("mm_fp4", "b", b)
-    if len(shape) != 2 or len(shape_b) != 2:
+    role = op.roles[position]
+    if framework_of(scale, f"{op.name}: {role}").name != "JAX":
         return
-    whole = padded(shape_b[1], ceil_div(2 * shape_b[0], block), layout)
-    if shape == whole[::-1]:
-        square = ", which fits b_sf and b_sf.T" if shape == whole else ""
-        fix = "flat, b_sf.reshape(-1)" if square else f"as the quantiser returned it, {whole} or 1-D"
+    shape, shape_x = tuple(scale.shape), shape_of(op.name, op.roles[position - A_SCALE], x)
+    if len(shape) not in (2, 3) or len(shape_x) not in (2, 3):
+        return
+    right = position == B_SCALE  # its rows are columns, and FlashInfer passes b_sf.T
+    k, rows = (shape_x[-2], shape_x[-1]) if right else (shape_x[-1], shape_x[-2])
+    if len(shape) == 2 and len(shape_x) == 3:
+        rows *= shape_x[0]
+    if dtype_of(x) == "float4_e2m1fn":  # JAX counts its values, not bytes
+        per_item = 1
+    whole = padded(rows, ceil_div(per_item * k, block), layout)
+    square = whole[0] == whole[1]
+    if shape[-2:] == whole[::-1] and (right or not square):
+        fix = "flat, b_sf.reshape(-1)" if square else f"as the quantiser returned it, {(*shape[:-2], *whole)} or 1-D"
         raise ValueError(
-            f"mm_fp4: b_descale is a JAX array of shape {shape}{square}; in JAX .T copies, so that tiles lose their order: pass it {fix}."
+            f"{op.name}: {role} is a JAX array of shape {shape}{', which fits b_sf and b_sf.T' if square else ''}; in JAX .T copies, so "
+            f"that tiles lose their order: pass it {fix}."
         )
 
 
@@ -242,6 +283,9 @@ def prepare_bf16_fp4_weights(
     op = _PREPARE
     gemm_options(op, None, backend, _W4A16_BACKENDS)
     _check_bf16_fp4(op, alpha, block_size)
+    for role, x in (("b", b), ("b_descale", b_descale)):
+        if type(x) is Quantized:
+            raise op.wrong_type(f"{role} is {x!r}; pass its arrays, q.data and q.scale, or the Quantized itself to mm_bf16_fp4(a, q).")
     shape, _ = shape_of(op.name, "b", b), shape_of(op.name, "b_descale", b_descale)
     if dtype_of(b) != E2M1X2.dtype:
         raise op.wrong_type(f"b is {_shown(b)}; wanted {E2M1X2.dtype}, two e2m1 codes a byte.")
@@ -284,8 +328,7 @@ def mm_bf16_fp4(
 
 
 def _check_bf16_fp4(op: GemmOp, alpha: Any, block_size: int) -> None:
-    if block_size != 16:
-        raise op.error(f"block_size is {block_size}; nvfp4 has blocks of 16: drop it.")
+    choice(op.name, "block_size", block_size, (16,), "16, the blocks of nvfp4: drop it")
     if alpha is not None and not is_scalar(alpha):
         if dtype_of(alpha) != FP32.dtype:
             raise op.wrong_type(f"alpha is {_shown(alpha)}; wanted a number or one float32 element.")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+from numbers import Integral
 from typing import Any
+
+import numpy as np
 
 from cugemm.arrays import dtype_name, framework_of
 from cugemm.catalog import KERNELS
@@ -11,6 +14,11 @@ from cugemm.formats import ALL, BF16, FP16, FP32, Format
 from cugemm.launch import run
 from cugemm.problem import GemmOp, GemmOptions
 from cugemm.quantized import Quantized
+
+GRANULARITIES = tuple((gm, gn, 128) for gm in (1, 128) for gn in (1, 128))
+"""(gm, gn, gk): values along m, n and k under one float scale."""
+_PLAIN = (str, bool, float, Integral, np.bool_, tuple, list, type(None))
+"""What an option may be at all."""
 
 
 def gemm_options(
@@ -25,16 +33,20 @@ def gemm_options(
             raise TypeError(text) from None
         if not str(error).startswith("unhashable"):
             raise
-        options = {"out_dtype": out_dtype, "backend": backend, "accumulate": accumulate}
-        role, value = next((r, x) for r, x in options.items() if type(x).__hash__ is None)
+        given = {"out_dtype": out_dtype, "backend": backend, "accumulate": accumulate, **fixed}
+        role, value = next(((r, x) for r, x in given.items() if type(x).__hash__ is None), ("an option", None))
         wanted = "is not a dtype; pass a name such as 'bfloat16' or a dtype object" if role == "out_dtype" else "pass a string"
-        raise TypeError(f"{op.name}: {role} is a {type(value).__name__}, {'which ' if role == 'out_dtype' else ''}{wanted}.") from None
+        shown = "not hashable" if value is None else f"a {type(value).__name__}"
+        raise TypeError(f"{op.name}: {role} is {shown}, {'which ' if role == 'out_dtype' else ''}{wanted}.") from None
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096, typed=True)
 def _options(
     name: str, out_dtype: Any, backend: str, backends: tuple[str, ...], accumulate: str, fixed: tuple[tuple[str, Any], ...]
 ) -> GemmOptions:
+    for role, value in (("backend", backend), ("accumulate", accumulate)):
+        if not isinstance(value, _PLAIN):
+            raise TypeError(f"{name}: {role} is {shown(value)}; pass a string.")
     own = ("auto", *(kernel.name for kernel in KERNELS if kernel.multiplies))
     if backend not in own and backend not in backends:
         raise ValueError(f"{name}: backend is {backend!r}; wanted one of {', '.join(map(repr, dict.fromkeys((*own, *backends))))}.")
@@ -103,6 +115,49 @@ def _check_axis(op: GemmOp, position: int, q: Quantized, wanted: int) -> None:
         raise ValueError(
             f"{op.name}: {role} is {q!r} with k along axis {q.k_axis}, but axis {wanted} of {role} is summed over; pass {role}.T."
         )
+
+
+def choice(name: str, role: str, value: Any, allowed: tuple[Any, ...], wanted: str = "") -> Any:
+    """The one of `allowed` (strings, ints, bools, None, tuples of them) that value is, so that caches see the library's own constants.
+
+    ValueError for another value, also one of another type that compares equal (1.0 is not 1); TypeError for what is no plain value, such as
+    an array. wanted: what messages ask for.
+    """
+    for own in allowed:
+        if matches(value, own):
+            return own
+    text = f"{name}: {role} is {shown(value)}; wanted {wanted or ' or '.join(map(repr, allowed))}."
+    raise (ValueError if isinstance(value, _PLAIN) else TypeError)(text)
+
+
+def flag(name: str, role: str, value: Any) -> bool:
+    """A bool, also as NumPy's or as 0 and 1."""
+    return bool(choice(name, role, value, (True, False)))
+
+
+def shown(value: Any) -> str:
+    """An option as a message shows it: no values of arrays."""
+    if isinstance(value, (tuple, list)) and len(value) <= 4:
+        return f"({', '.join(map(shown, value))})"
+    plain = value is None or isinstance(value, (str, bool, float, np.bool_)) or (isinstance(value, Integral) and abs(int(value)) < 2**64)
+    return repr(value) if plain else f"a {type(value).__name__}"
+
+
+def matches(value: Any, own: Any) -> bool:
+    """Whether value is the constant, in type as well; a list stands for a tuple."""
+    kinds: Any = _kinds(own)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and type(own) is int):
+        return False
+    if isinstance(own, tuple):
+        return len(value) == len(own) and all(matches(*pair) for pair in zip(value, own, strict=True))
+    return bool(value == own)
+
+
+def _kinds(own: Any) -> tuple[type, ...]:
+    """What may stand for a constant."""
+    if isinstance(own, bool):
+        return (bool, np.bool_, Integral)
+    return (Integral,) if isinstance(own, int) else (tuple, list) if isinstance(own, tuple) else (type(own),)
 
 
 def dtype_of(x: Any) -> str:

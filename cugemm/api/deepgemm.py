@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cugemm.api.common import gemm_options, product, shape_of
+from cugemm.api.common import GRANULARITIES, choice, flag, gemm_options, matches, product, shape_of, shown
 from cugemm.api.grouped_flashinfer import check_expected
 from cugemm.arrays import Jax, framework_of
 from cugemm.problem import FLOATS8, GemmOp, GemmOptions
@@ -15,6 +15,8 @@ _CALLED = {"a": "a[0]", "b": "b[0]", "a_scale": "a[1]", "b_scale": "b[1]"}
 _DENSE = register("fp8_gemm_nt", FLOATS8, FLOATS8, called={**_CALLED, "bias": "c"}, bias_2d=True)
 _CONTIGUOUS = register("m_grouped_fp8_gemm_nt_contiguous", FLOATS8, FLOATS8, called={**_CALLED, "segments": "grouped_layout"})
 _MASKED = register("m_grouped_fp8_gemm_nt_masked", FLOATS8, FLOATS8, ranks=(3,), called={**_CALLED, "segments": "masked_m"})
+_PAIRS = tuple(((gm, gk), (gn, gk)) for gm, gn, gk in GRANULARITIES)
+_RECIPE = "1 or 128 rows and 128 values along k under one scale, such as (1, 128, 128)"
 _INSTEAD = {
     _DENSE.name: "gemm_fp8_nt_groupwise",
     _CONTIGUOUS.name: "group_deepgemm_fp8_nt_groupwise",
@@ -78,7 +80,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
 
     >>> cugemm.m_grouped_fp8_gemm_nt_contiguous((a, a_scale), (b, b_scale), d, m_indices)
     """
-    if use_psum_layout or expected_m_for_psum_layout is not None:
+    if flag(_CONTIGUOUS.name, "use_psum_layout", use_psum_layout) or expected_m_for_psum_layout is not None:
         raise _CONTIGUOUS.error(
             "use_psum_layout is not supported; pass the group of each row in grouped_layout, or use cugemm.grouped_matmul(indptr=...)."
         )
@@ -141,17 +143,10 @@ def _recipe(op: GemmOp, recipe: Any, recipe_a: Any, recipe_b: Any) -> tuple[tupl
         raise op.error("recipe says what recipe_a and recipe_b say; drop one or the other.")
     if recipe is None and (recipe_a is None) != (recipe_b is None):
         raise op.error("pass recipe_a and recipe_b together, or neither.")
-    try:
-        if recipe_a is None:
-            gm, gn, gk = (1, 128, 128) if recipe is None else recipe
-            found = ((gm, gk), (gn, gk))
-        else:
-            (gm, gk), (gn, last) = recipe_a, recipe_b
-            found = ((gm, gk), (gn, last))
-        known = all(block in ((1, 128), (128, 128)) for block in found)
-    except (TypeError, ValueError):
-        known = False
-    if not known:
-        shown = f"recipe is {recipe!r}" if recipe is not None else f"recipe_a is {recipe_a!r} and recipe_b {recipe_b!r}"
-        raise op.error(f"{shown}; wanted 1 or 128 rows and 128 values along k under one scale, such as (1, 128, 128).")
-    return found
+    if recipe_a is None:
+        gm, gn, gk = (1, 128, 128) if recipe is None else choice(op.name, "recipe", recipe, GRANULARITIES, _RECIPE)
+        return (gm, gk), (gn, gk)
+    for pair in _PAIRS:
+        if matches((recipe_a, recipe_b), pair):
+            return pair
+    raise op.error(f"recipe_a is {shown(recipe_a)} and recipe_b {shown(recipe_b)}; wanted {_RECIPE}.")

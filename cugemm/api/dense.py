@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from cugemm.api.common import dtype_of, gemm_options, is_float16, product, same_k, shape_of
 from cugemm.api.quantize import quantize
-from cugemm.api.rehearsal import alike
-from cugemm.arrays import framework_of
+from cugemm.api.rehearsal import alike, check_out, reshaped, spec_of
+from cugemm.arrays import SPEC, framework_of
 from cugemm.formats import FORMATS, INT4X2, INT8, UINT4X2
 from cugemm.problem import FLOATS4, FLOATS8, FLOATS16
 from cugemm.problem import product as register
@@ -75,6 +76,7 @@ def linear(
         if type(x) is Quantized:
             raise TypeError("linear: x is a Quantized already; drop activations.")
         same_k(_LINEAR, x, w, -1)
+        check_out("linear", {"x": x, "w": w, "bias": bias, "out": out})  # the product will not see x
         if options.out_dtype is None and out is None and is_float16(x):
             options = options._replace(out_dtype=dtype_of(x))
         x = quantize(x, activations)
@@ -84,19 +86,34 @@ def linear(
 
 def _linear_of_rows(shape: tuple[int, ...], x: Any, w: Any, bias: Any, out: Any, keywords: dict[str, Any]) -> Any:
     """`linear` of an x with other than two axes: all but the last are rows."""
-    if not shape or not hasattr(x, "reshape"):
-        raise ValueError(f"linear: x has shape {shape}; wanted a 2-D array.")
-    rows = x.reshape((-1, shape[-1]))
+    if not shape:
+        raise _LINEAR.error("x has shape (); wanted [.., k].")
+    n = shape_of("linear", "w", w)[:1]
+    check_out("linear", {"x": x, "w": w, "bias": bias, "out": out})  # a reshape of x may copy
+    rows = _as_matrix("x", x, (math.prod(shape[:-1]), shape[-1]))
     if out is None:
         y = linear(rows, w, bias, **keywords)
-        return y.reshape((*shape[:-1], y.shape[-1]))
-    flat = out.reshape((-1, out.shape[-1]))
+        return reshaped(y, (*shape[:-1], y.shape[-1]))
+    found, wanted = shape_of("linear", "out", out), (*shape[:-1], *n)
+    if found != wanted:
+        raise _LINEAR.error(f"out has shape {found}; wanted {wanted} with collapsible leading axes.")
+    flat = _as_matrix("out", out, (math.prod(found[:-1]), found[-1]))
     framework = framework_of(out, "linear: out")
     # NOTE: a reshape that copies would lose the result, so the addresses are compared.
-    if tuple(out.shape[:-1]) != shape[:-1] or framework.view(out, "out").ptr != framework.view(flat, "out").ptr:
-        raise ValueError(f"linear: out has shape {tuple(out.shape)}; wanted {(*shape[:-1], w.shape[0])} with collapsible leading axes.")
+    if not framework.abstract(out) and framework.view(out, "out").ptr != framework.view(flat, "out").ptr:
+        strides = framework.view(out, "out").strides
+        raise _LINEAR.error(f"out has shape {found} and strides {strides}; wanted {wanted} with collapsible leading axes.")
     linear(rows, w, bias, out=flat, **keywords)
     return out
+
+
+def _as_matrix(role: str, x: Any, shape: tuple[int, int]) -> Any:
+    """x reshaped; a stand-in becomes a Spec."""
+    if framework_of(x, f"linear: {role}") is SPEC:
+        x = spec_of(x)
+    elif not hasattr(x, "reshape"):
+        raise _LINEAR.wrong_type(f"{role} is a {type(x).__name__}, which has no reshape; pass it as {list(shape)}.")
+    return reshaped(x, shape)
 
 
 def check_activations(name: str, activations: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cugemm.api.common import dtype_of, gemm_options, is_float16, product, same_k, shape_of
+from cugemm.api.common import GRANULARITIES, choice, dtype_of, gemm_options, is_float16, product, same_k, shape_of
 from cugemm.api.quantize import cast_e4m3, quantize
 from cugemm.api.rehearsal import alike
 from cugemm.arrays import Spec
@@ -27,7 +27,7 @@ _BLOCKSCALE_SM90 = register(
 )
 
 _FP8_BACKENDS = ("cudnn", "cublas", "cutlass", "cute-dsl")
-_GRANULARITIES = tuple((gm, gn, 128) for gm in (1, 128) for gn in (1, 128))
+_MODES = "'K' for scales [rows, k/128] or 'MN' for [k/128, rows], because square scales fit both"
 
 
 def mm_fp8(
@@ -184,25 +184,22 @@ def _groupwise(
     out_dtype: Any,
     backend: str,
 ) -> Any:
-    if not isinstance(granularity, (tuple, list)) or tuple(granularity) not in _GRANULARITIES:
-        raise ValueError(f"{op.name}: scale_granularity_mnk is {granularity}; wanted (1 or 128, 1 or 128, 128).")
-    if backend == "trtllm" and mode not in (None, "MN"):
+    gm, gn, gk = choice(op.name, "scale_granularity_mnk", granularity, GRANULARITIES, "(1 or 128, 1 or 128, 128)")
+    trtllm = isinstance(backend, str) and backend == "trtllm"
+    mode = choice(op.name, "scale_major_mode", mode, (None, "K", "MN"), _MODES)
+    if trtllm and mode not in (None, "MN"):
         raise ValueError(
             f"{op.name}: scale_major_mode is {mode!r}, but backend 'trtllm' has a layout of its own; pass None, or another backend."
         )
-    if backend == "trtllm":
+    if trtllm:
         a_axes, b_axes = "km", "nk"
     elif mode in ("K", "MN"):
         a_axes, b_axes = ("mk", "nk") if mode == "K" else ("km", "kn")
     else:
-        raise ValueError(
-            f"{op.name}: scale_major_mode is {mode!r}; wanted 'K' for scales [rows, k/128] or 'MN' for [k/128, rows], "
-            "because square scales fit both."
-        )
+        raise ValueError(f"{op.name}: scale_major_mode is None; wanted {_MODES}.")
     for role, x, scale in ((0, a, a_scale), (1, b, b_scale)):
         if scale is None and type(x) is not Quantized:
             raise op.wrong_type(f"{op.roles[role + 2]} is missing; pass one float32 scale per block of {op.roles[role]}.")
-    gm, gn, gk = granularity
     options = gemm_options(
         op, out_dtype, backend, ("cutlass", "trtllm", "cutile"), "promoted",
         b_axes="nk", a_scale_axes=a_axes, b_scale_axes=b_axes, a_block=(gm, gk), b_block=(gn, gk),

@@ -7,11 +7,11 @@ import math
 from typing import Any
 
 from cugemm.api.block_quantize import check_backend
-from cugemm.api.common import shape_of
+from cugemm.api.common import choice, flag, shape_of, shown
 from cugemm.api.shuffle import shaped, swapped_axes, viewed
-from cugemm.arrays import Jax, Spec, dtype_name, framework_of
+from cugemm.arrays import Jax, Spec, dtype_name, framework_of, is_scalar
 from cugemm.conversion import GROUPS, QuantizeOp, QuantizeOptions
-from cugemm.formats import FP8_E5M2_GROUP, FP8_GROUP, INT8_GROUP, MXFP8, NVFP4
+from cugemm.formats import FP8_E5M2_GROUP, FP8_GROUP, FP32, INT8_GROUP, MXFP8, NVFP4
 from cugemm.launch import run
 from cugemm.problem import register
 from cugemm.quantized import swapped
@@ -99,9 +99,15 @@ def per_token_group_quant_8bit(
     shape = shape_of(name, "x", x)
     fmt = _EIGHT_BITS.get(_dtype(name, dst_dtype))
     if fmt is None:
-        raise ValueError(f"{name}: dst_dtype is {dst_dtype!r}; wanted one of {', '.join(_EIGHT_BITS)}.")
-    if not isinstance(group_size, int) or group_size not in GROUPS:
-        raise ValueError(f"{name}: group_size is {group_size!r}; wanted one of {', '.join(map(str, GROUPS))}.")
+        raise ValueError(f"{name}: dst_dtype is {shown(dst_dtype)}; wanted one of {', '.join(_EIGHT_BITS)}.")
+    group_size = choice(name, "group_size", group_size, GROUPS, f"one of {', '.join(map(str, GROUPS))}")
+    column_major_scales = flag(name, "column_major_scales", column_major_scales)
+    scale_tma_aligned = flag(name, "scale_tma_aligned", scale_tma_aligned)
+    ceil_scale = flag(name, "scale_ue8m0", scale_ue8m0)
+    if not is_scalar(eps):
+        raise TypeError(f"{name}: eps is {shown(eps)}; wanted a number.")
+    if not abs(eps) <= FP32.max:  # also an int that no float can be
+        raise ValueError(f"{name}: eps is {shown(eps)}; wanted a number that float32 holds.")
     if not shape or shape[-1] % group_size:
         raise ValueError(f"{name}: x has shape {shape}; its last axis must be a multiple of group_size {group_size}: pad it.")
     if scale_tma_aligned and not column_major_scales:
@@ -110,7 +116,7 @@ def per_token_group_quant_8bit(
         raise ValueError(f"{name}: x has shape {shape}; column_major_scales takes [tokens, k].")
     axes = "km" if column_major_scales else "mk"
     rows = x if len(shape) in (2, 3) else shaped(x, (math.prod(shape[:-1]), shape[-1]))
-    q, s = run(_PER_TOKEN_GROUP, (rows, None, None, None), _group_options(fmt.name, group_size, float(eps), bool(scale_ue8m0), axes))
+    q, s = run(_PER_TOKEN_GROUP, (rows, None, None, None), _group_options(fmt.name, group_size, float(eps), ceil_scale, axes))
     if column_major_scales:
         return q, swapped(_aligned(s) if scale_tma_aligned else s)
     return (q, s) if rows is x else (shaped(q, shape), shaped(s, (*shape[:-1], shape[-1] // group_size)))

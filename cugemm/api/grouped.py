@@ -101,6 +101,11 @@ class SegmentGEMMWrapper:
             raise ValueError("SegmentGEMMWrapper.run: weight_indices go with segments; expert_indices name the matrices already.")
         if kind != "indices" and batch_size is not None and count[:1] != (batch_size + (kind == "indptr"),):
             raise ValueError(f"SegmentGEMMWrapper.run: batch_size is {batch_size}, but {given[0]} has shape {count}.")
+        if kind == "indices" and len(count) > 1:
+            raise ValueError(
+                f"SegmentGEMMWrapper.run: expert_indices has shape {count}; wanted [m], one matrix for each row: for several pass "
+                "cugemm.grouped_matmul(x, experts, indices=...)."
+            )
         options = gemm_options(
             op, out_dtype, self._backend, ("sm80", "sm90"), b_axes="nk" if weight_column_major else "kn", segments=kind
         )  # fmt: skip

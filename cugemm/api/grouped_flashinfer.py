@@ -10,10 +10,10 @@ import functools
 from numbers import Integral
 from typing import Any
 
-from cugemm.api.common import gemm_options, product, shape_of
+from cugemm.api.common import GRANULARITIES, choice, flag, gemm_options, product, shape_of, shown
 from cugemm.api.rehearsal import alike, rehearse
 from cugemm.api.rowwise import silu_and_mul
-from cugemm.formats import BF16, E2M1X2, E4M3, E8M0
+from cugemm.formats import BF16, E2M1X2, E4M3, E8M0, LAYOUTS
 from cugemm.problem import FLOATS8, GemmOp, GemmOptions
 from cugemm.problem import product as register
 from cugemm.quantized import Quantized
@@ -61,9 +61,9 @@ def group_gemm_fp8_nt_groupwise(
     >>> out = cugemm.group_gemm_fp8_nt_groupwise(a, b, a_scale, b_scale, m_indptr, scale_major_mode="K")
     """
     op = _GROUP_FP8
-    _one_of(op, "mma_sm", mma_sm, (1, 2))
-    if scale_major_mode not in ("K", "MN"):
-        raise op.error(f"scale_major_mode is {scale_major_mode!r}; wanted 'MN' for scales [.., k/128, rows] or 'K' for [.., rows, k/128].")
+    choice(op.name, "mma_sm", mma_sm, (1, 2))
+    wanted = "'MN' for scales [.., k/128, rows] or 'K' for [.., rows, k/128]"
+    scale_major_mode = choice(op.name, "scale_major_mode", scale_major_mode, ("K", "MN"), wanted)
     _check_scales(op, (a, b), (a_scale, b_scale))
     a_axes, b_axes = ("mk", "nk") if scale_major_mode == "K" else ("km", "kn")
     options = gemm_options(
@@ -104,9 +104,9 @@ def group_gemm_mxfp8_mxfp4_nt_groupwise(
     >>> out = cugemm.group_gemm_mxfp8_mxfp4_nt_groupwise(a, b, a_scale, b_scale, m_indptr)
     """
     op = _GROUP_MXFP4
-    _one_of(op, "mma_sm", mma_sm, (1, 2))
+    choice(op.name, "mma_sm", mma_sm, (1, 2))
     _tile_hints(op, tile_m, tile_n, tile_k, swap_ab)
-    options = gemm_options(op, out_dtype, segments="indptr", b_axes="nk", **_byte_scales(a, E8M0.name, scale_layout, "pad128"))
+    options = gemm_options(op, out_dtype, segments="indptr", b_axes="nk", **_byte_scales(op, a, E8M0.name, scale_layout, "pad128"))
     return product(op, a, b, _packed(options, a, b, False), a_scale=a_scale, b_scale=b_scale, segments=m_indptr, out=out)
 
 
@@ -145,7 +145,7 @@ def group_gemm_nvfp4_nt_groupwise(
     _tile_hints(op, tile_m, tile_n, tile_k, swap_ab)
     if alpha is not None and type(b) is Quantized and b.tensor_scale is not None:
         raise op.wrong_type("b is a Quantized, which has its own tensor_scale; drop alpha.")
-    options = gemm_options(op, out_dtype, segments="indptr", b_axes="nk", **_byte_scales(a, E4M3.name, scale_layout, "pad128"))
+    options = gemm_options(op, out_dtype, segments="indptr", b_axes="nk", **_byte_scales(op, a, E4M3.name, scale_layout, "pad128"))
     return product(
         op, a, b, _packed(options, a, b), a_scale=a_scale, b_scale=b_scale, b_tensor=alpha, segments=m_indptr, out=out
     )  # fmt: skip
@@ -266,7 +266,7 @@ def grouped_mm_mxfp8(
     op = _MM_MXFP8
     _check_tactic(op, tactic)
     options = gemm_options(
-        op, out_dtype, backend, ("cudnn",), segments="indptr", b_axes="nk", **_byte_scales(a, E8M0.name, scale_layout, "")
+        op, out_dtype, backend, ("cudnn",), segments="indptr", b_axes="nk", **_byte_scales(op, a, E8M0.name, scale_layout, "")
     )
     return product(op, a, b, options, a_scale=a_descale, b_scale=b_descale, segments=m_indptr, out=out)
 
@@ -297,10 +297,11 @@ def grouped_mm_fp4(
     """
     op = _MM_FP4
     _check_tactic(op, tactic)
-    if block_size not in (16, 32):
-        raise op.error(f"block_size is {block_size!r}; wanted 16 for nvfp4 or 32 for mxfp4.")
+    block_size = choice(op.name, "block_size", block_size, (16, 32), "16 for nvfp4 or 32 for mxfp4")
     element = E4M3.name if block_size == 16 else E8M0.name
-    options = gemm_options(op, out_dtype, backend, ("cudnn",), segments="indptr", b_axes="nk", **_byte_scales(a, element, scale_layout, ""))
+    options = gemm_options(
+        op, out_dtype, backend, ("cudnn",), segments="indptr", b_axes="nk", **_byte_scales(op, a, element, scale_layout, "")
+    )
     return product(
         op, a, b, _packed(options, a, b), a_scale=a_descale, b_scale=b_descale, alpha=alpha, segments=m_indptr, out=out
     )  # fmt: skip
@@ -334,14 +335,14 @@ def moe_gemm_fp8_nt_groupwise(
     >>> out = cugemm.moe_gemm_fp8_nt_groupwise(a, b, a_scale, b_scale, m_indptr, is_gated=True)
     """
     op = _MOE_FP8
-    _one_of(op, "scale_granularity_mnk", tuple(scale_granularity_mnk), ((1, 128, 128),))
-    _one_of(op, "scale_major_mode", scale_major_mode, ("MN",))
+    choice(op.name, "scale_granularity_mnk", scale_granularity_mnk, ((1, 128, 128),))
+    choice(op.name, "scale_major_mode", scale_major_mode, ("MN",))
     _check_scales(op, (a, b), (a_scale, b_scale))
     options = gemm_options(
         op, out_dtype, backend, ("cute",), "promoted", segments="indptr", b_axes="nk", a_scale_axes="km", b_scale_axes="kn",
         a_block=(1, 128), b_block=(128, 128), a_scale_rows="" if type(a) is Quantized else "pad4",
     )  # fmt: skip
-    if not is_gated:
+    if not flag(op.name, "is_gated", is_gated):
         return product(op, a, b, options, a_scale=a_scale, b_scale=b_scale, segments=m_indptr, out=out)
     shape = shape_of(op.name, "b", b)
     if len(shape) == 3 and shape[1] % 2:
@@ -368,21 +369,16 @@ def check_expected(op: GemmOp, expected_m: Any) -> None:
         raise op.wrong_type(f"expected_m is {shown}; wanted the rows that a group has on average, an int.")
 
 
-def _one_of(op: GemmOp, role: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise op.error(f"{role} is {value!r}; wanted {' or '.join(map(repr, allowed))}.")
-
-
 def _tile_hints(op: GemmOp, tile_m: Any, tile_n: Any, tile_k: Any, swap_ab: Any) -> None:
-    _one_of(op, "tile_m", tile_m, (128,))
-    _one_of(op, "tile_n", tile_n, (32, 64, 128, 192, 256))
-    _one_of(op, "tile_k", tile_k, (128, 256))
-    _one_of(op, "swap_ab", swap_ab, (True, False))
+    choice(op.name, "tile_m", tile_m, (128,))
+    choice(op.name, "tile_n", tile_n, (32, 64, 128, 192, 256))
+    choice(op.name, "tile_k", tile_k, (128, 256))
+    flag(op.name, "swap_ab", swap_ab)
 
 
 def _check_tactic(op: GemmOp, tactic: Any) -> None:
     if not isinstance(tactic, Integral) or int(tactic) < -1:
-        raise op.error(f"tactic is {tactic!r}; wanted -1 or the number of a plan (it is not used).")
+        raise op.error(f"tactic is {shown(tactic)}; wanted -1 or the number of a plan (it is not used).")
 
 
 def _check_scales(op: GemmOp, operands: tuple[Any, Any], scales: tuple[Any, Any]) -> None:
@@ -393,15 +389,13 @@ def _check_scales(op: GemmOp, operands: tuple[Any, Any], scales: tuple[Any, Any]
 
 def _blocks(op: GemmOp, granularity: Any) -> dict[str, Any]:
     """The blocks of both scales from (gm, gn, gk)."""
-    given = tuple(granularity) if isinstance(granularity, (tuple, list)) else granularity
-    if given not in ((1, 128, 128), (128, 128, 128), (1, 1, 128), (128, 1, 128)):
-        raise op.error(f"scale_granularity_mnk is {granularity!r}; wanted (1 or 128, 1 or 128, 128).")
-    gm, gn, gk = given
+    gm, gn, gk = choice(op.name, "scale_granularity_mnk", granularity, GRANULARITIES, "(1 or 128, 1 or 128, 128)")
     return {"a_block": (gm, gk), "b_block": (gn, gk)}
 
 
-def _byte_scales(a: Any, element: str, layout: str, rows: str) -> dict[str, Any]:
+def _byte_scales(op: GemmOp, a: Any, element: str, layout: str, rows: str) -> dict[str, Any]:
     """Options of byte scales; those of a Quantized a have no gaps between segments."""
+    layout = choice(op.name, "scale_layout", layout, LAYOUTS, f"one of {', '.join(map(repr, LAYOUTS))}")
     return {
         "a_scale_element": element, "b_scale_element": element, "a_scale_layout": layout, "b_scale_layout": layout,
         "a_scale_rows": "" if type(a) is Quantized else rows,

@@ -10,7 +10,7 @@ from typing import Any
 from cugemm.api.common import dtype_of, gemm_options, is_float16, product, same_k, shape_of
 from cugemm.api.dense import check_activations
 from cugemm.api.quantize import QUANTIZE, quantize
-from cugemm.api.rehearsal import alike, rehearse, reshaped
+from cugemm.api.rehearsal import alike, check_out, rehearse, reshaped
 from cugemm.api.rowwise import combine
 from cugemm.arrays import Spec, framework_of
 from cugemm.conversion import QuantizeOptions
@@ -19,6 +19,7 @@ from cugemm.launch import run
 from cugemm.problem import FLOATS4, FLOATS8, FLOATS16, OUT_DTYPES, GemmOp, GemmOptions
 from cugemm.problem import product as register
 from cugemm.quantized import Quantized
+from cugemm.scales import block_counts
 
 _LEFT = (*FLOATS16, *FLOATS8, *FLOATS4, INT8.name, INT4X2.name)
 _RIGHT = (*_LEFT, UINT4X2.name)
@@ -90,6 +91,8 @@ def grouped_matmul(
         _check_activations(op, x, experts, activations, masked=kind == "masked")
     if weights is not None:
         _check_weights(op, weights, pairs)
+        if out is not None:
+            _check_combined(op, experts, pairs, out, options.out_dtype)
     paired = len(shape) == 3 and name == "indices"
     if activations is None and weights is None and not paired:
         return product(op, x, experts, options, segments=said, rows=rows, bias=bias, out=out)
@@ -98,6 +101,7 @@ def grouped_matmul(
     if options.out_dtype is None and out is None:
         options = options._replace(out_dtype=dtype_of(x) if is_float16(x) else BF16.dtype)
     if paired:
+        check_out("grouped_matmul", {"x": x, "out": out})  # a reshape of x may copy
         x, said = _as_rows(op, x, shape), reshaped(said, (pairs[0] * pairs[1],))
     arrays = (x, experts, said, rows, weights, bias, out)
     body = functools.partial(_in_steps, op, options, activations, pairs if paired else ())
@@ -150,6 +154,18 @@ def _check_weights(op: GemmOp, weights: Any, pairs: tuple[int, ...]) -> None:
         raise op.wrong_type(f"weights is {dtype_of(weights)}; wanted {', '.join(OUT_DTYPES)}.")
 
 
+def _check_combined(op: GemmOp, experts: Any, pairs: tuple[int, ...], out: Any, asked: str | None) -> None:
+    """The out of `combine`, in this function's name."""
+    found, dtype = shape_of("grouped_matmul", "out", out), dtype_of(out)
+    wanted = (pairs[0], *shape_of("grouped_matmul", "experts", experts)[1:2])
+    if found != wanted:
+        raise op.error(f"out has shape {found}, but the result has shape {wanted}; pass out of that shape or drop it.")
+    if dtype not in OUT_DTYPES:
+        raise op.error(f"out is {dtype}; results come as {', '.join(OUT_DTYPES)}.")
+    if asked not in (None, dtype):
+        raise op.error(f"out is {dtype}, but out_dtype is {asked}; drop one of them.")
+
+
 def _quantized(x: Any, activations: str, counts: Any) -> Quantized:
     """`quantize` that leaves out the rows of a masked x that hold anything."""
     fmt = FORMATS[activations]
@@ -165,15 +181,29 @@ def _as_rows(op: GemmOp, x: Any, shape: tuple[int, ...]) -> Any:
     if type(x) is not Quantized:
         return _flattened(op, x, (count, shape[2]))
     fmt = x.format
-    if fmt.block[0] > 1 or x.scale_layout != "linear" or (fmt.tensor == (ALL, ALL) and math.prod(x.tensor_scale.shape) > 1):
+    if x.zero is not None:
+        raise op.wrong_type(f"x is {x!r}; zero points go with experts only: dequantise it, or use int4.")
+    one_scale = fmt.block == (ALL, ALL)
+    if x.k_axis != 2 and not one_scale:
+        raise op.error(f"x is {x!r} with k along axis {x.k_axis}, but axis 2 of x is summed over; pass x.T.")
+
+    def part(scales: Any, width: int, one_for_all: bool) -> Any:
+        """Scales of [count, width]; one for the whole array stays."""
+        size = math.prod(getattr(scales, "shape", ()))
+        if not hasattr(scales, "shape") or (size == 1 and one_for_all):  # no array, or one scale for all
+            return scales
+        if one_for_all or size != count * width:
+            raise op.error(
+                f"x is {x!r}, whose scales do not follow its rows one by one; pass it as [{count}, {shape[2]}], with 1-D indices."
+            )
+        return _flattened(op, scales, (count, width))
+
+    if fmt.block[0] > 1 or x.scale_layout != "linear":
         raise op.error(f"x is {x!r}, whose scales do not follow its rows one by one; pass it as [{count}, {shape[2]}], with 1-D indices.")
-
-    def part(scales: Any) -> Any:
-        shared = not hasattr(scales, "shape") or math.prod(scales.shape) == 1  # no array, or one scale for all
-        return scales if shared else _flattened(op, scales, (count, scales.shape[-1]))
-
+    scale = part(x.scale, block_counts(1, shape[2], fmt.block)[1], one_scale)
+    tensor = part(x.tensor_scale, 1, math.prod(getattr(x.tensor_scale, "shape", ())) == 1 or fmt.tensor == (ALL, ALL))
     data = _flattened(op, x.data, (count, x.data.shape[2]))
-    return replace(x, data=data, scale=part(x.scale), tensor_scale=part(x.tensor_scale), shape=(), k_axis=-1)
+    return replace(x, data=data, scale=scale, tensor_scale=tensor, shape=(), k_axis=-1)
 
 
 def _flattened(op: GemmOp, x: Any, shape: tuple[int, int]) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
-from cugemm.arrays import dtype_name
-from cugemm.conversion import QuantizeOp, QuantizeOptions
-from cugemm.formats import FORMATS, Format
+from cugemm.api.rehearsal import reshaped, spec_of
+from cugemm.arrays import SPEC, dtype_name, framework_of
+from cugemm.conversion import QuantizeOp, QuantizeOptions, scale_shape
+from cugemm.formats import FORMATS, FP32, Format
 from cugemm.launch import run
 from cugemm.problem import register
 from cugemm.quantized import Quantized, swapped
@@ -60,8 +62,11 @@ def cast_e4m3(x: Any) -> Any:
 def dequantize(q: Quantized, dtype: Any = "bfloat16") -> Any:
     """x = ((q.data - q.zero) * q.scale) * q.tensor_scale, in float32, rounded once to `dtype` ("bfloat16", "float16" or "float32").
 
-    q: a Quantized of any format and scale layout, transposed or not; the result has its shape. Raises TypeError and ValueError, naming the
-    argument.
+    q: a Quantized of any format and scale layout, transposed or not; the result has its shape. Its data, scale and zero must each be
+    contiguous, as `quantize` returns them: slices along k, and along the rows of a stack, are not. Dequantise the whole and slice the
+    result, or make contiguous copies. Products take all slices as they are.
+
+    Raises TypeError and ValueError, naming the argument.
 
     >>> x = cugemm.dequantize(q, "float32")
     """
@@ -69,7 +74,19 @@ def dequantize(q: Quantized, dtype: Any = "bfloat16") -> Any:
         raise TypeError(f"dequantize: q is a {type(q).__name__}; pass a Quantized (cugemm.quantize returns one).")
     if q.k_axis != q.ndim - 1:
         return swapped(dequantize(q.T, dtype))
-    return run(DEQUANTIZE, (q.data, q.scale, q.tensor_scale, q.zero), _options(q.format, q.scale_layout, dtype))
+    return run(DEQUANTIZE, (q.data, _scale(q), q.tensor_scale, q.zero), _options(q.format, q.scale_layout, dtype))
+
+
+def _scale(q: Quantized) -> Any:
+    """q's scale in the shape that `quantize` gives it: products also read [rows] for [rows, 1], and one element of any rank."""
+    shape, wanted = tuple(getattr(q.scale, "shape", ())), scale_shape(q.shape, q.format)
+    flat = len(shape) == 1 and wanted == (*shape, 1)
+    if q.format.scale is not FP32 or shape == wanted or not (flat or (wanted == (1,) and math.prod(shape) == 1)):
+        return q.scale
+    stands = not hasattr(q.scale, "reshape")
+    if stands and framework_of(q.scale, "dequantize: scale") is not SPEC:
+        return q.scale  # a plain DLPack producer, refused by its shape
+    return reshaped(spec_of(q.scale) if stands else q.scale, wanted)
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cugemm.arrays import HOST, Cupy, Jax, Spec, Torch, dtype_name, framework_of, is_scalar
-from cugemm.intake import take
+from cugemm.intake import check_aliasing, take
 from cugemm.launch import recording
 from cugemm.quantized import Quantized
 
-_SEEN: set[tuple[Hashable, ...]] = set()
+_SEEN: dict[tuple[Hashable, ...], tuple[str, ...]] = {}
+"""The roles of each kind of call that passed."""
 _MOST = 8192
 _PARTS = ("data", "scale", "tensor_scale", "zero")
 
@@ -27,16 +28,19 @@ class _Arguments(NamedTuple):
 def rehearse(name: str, options: Hashable, body: Callable[..., Any], *arrays: Any, roles: Sequence[str] = ()) -> None:
     """Run the checks of `body(*arrays)` and none of its launches; once for each kind of arguments, because checks see no values.
 
-    First that all arrays are in one framework and on one device, whichever step reads them, and that "out" is its own memory. roles: what
-    messages call the arrays, by default as the parameters of body.
+    First that all arrays are in one framework and on one device, whichever step reads them, and, in every call, that "out" is its own
+    memory. roles: what messages call the arrays, by default as the parameters of body.
     """
     try:
         key = (name, options, *[_look(x) for x in arrays])
-        if key in _SEEN:
-            return
+        seen = _SEEN.get(key)
     except (TypeError, ValueError):
-        key = ()  # what cannot be read is refused below, by name
-    loose = _loose(dict(zip(roles or inspect.signature(body).parameters, arrays, strict=True)))
+        key, seen = (), None  # what cannot be read is refused below, by name
+    if seen is not None:
+        check_out(name, dict(zip(seen, arrays, strict=True)))
+        return
+    called = tuple(roles or inspect.signature(body).parameters)
+    loose = _loose(dict(zip(called, arrays, strict=True)))
     present = {role: framework_of(x, f"{name}: {role}") for role, x in loose.items() if x is not None and not is_scalar(x)}
     owner = next((role for role, framework in present.items() if isinstance(framework, Jax)), None)
     if owner is None:
@@ -50,7 +54,23 @@ def rehearse(name: str, options: Hashable, body: Callable[..., Any], *arrays: An
         body(*(spec_of(x) if owner is not None else x for x in arrays))
     if len(_SEEN) >= _MOST:
         _SEEN.clear()
-    _SEEN.add(key)
+    if key:
+        _SEEN[key] = called
+
+
+def check_out(name: str, arrays: dict[str, Any]) -> None:
+    """ValueError where "out" shares a byte with another of these arrays, whichever launch reads it: addresses decide, not kinds."""
+    out = arrays.get("out")
+    if out is None:
+        return
+    framework_of(out, f"{name}: out")  # not a Quantized
+    found = {}
+    for role, x in _loose(arrays).items():
+        if x is not None and not is_scalar(x):
+            framework = framework_of(x, f"{name}: {role}")
+            if not framework.abstract(x):  # stand-ins have no address
+                found[role] = framework.view(x, f"{name}: {role}")
+    check_aliasing(name, tuple(found), tuple(found.values()))
 
 
 def alike(result: Any, *arrays: Any) -> tuple[Any, ...]:

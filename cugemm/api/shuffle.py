@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cugemm.api.common import shape_of
+from cugemm.api.common import choice, flag, shape_of, shown
 from cugemm.api.quantize import INTERLEAVE
 from cugemm.arrays import Cupy, Spec, Torch, framework_of, itemsize, numpy_dtype
 from cugemm.conversion import QuantizeOptions
@@ -56,8 +56,7 @@ def shuffle_matrix_sf_a(input_tensor: Any, epilogue_tile_m: int, num_elts_per_sf
     >>> sf_shuffled = cugemm.shuffle_matrix_sf_a(linear_sf, 128)
     """
     name = "shuffle_matrix_sf_a"
-    if num_elts_per_sf not in (16, 32):
-        raise ValueError(f"{name}: num_elts_per_sf is {num_elts_per_sf!r}; wanted 16 (nvfp4) or 32 (mxfp4, mxfp8).")
+    choice(name, "num_elts_per_sf", num_elts_per_sf, (16, 32), "16 (nvfp4) or 32 (mxfp4, mxfp8)")
     shape = shape_of(name, "input_tensor", input_tensor)
     if len(shape) == 2 and shape[0] % TILE_ROWS["128x4"]:
         raise ValueError(f"{name}: input_tensor has shape {shape}; its rows must be a multiple of 128: pad them.")
@@ -69,7 +68,7 @@ def _shuffled(name: str, x: Any, epilogue_tile_m: int) -> Any:
     if len(shape) != 2:
         raise ValueError(f"{name}: input_tensor has shape {shape}; wanted [rows, k].")
     if not isinstance(epilogue_tile_m, int) or epilogue_tile_m < 1:
-        raise ValueError(f"{name}: epilogue_tile_m is {epilogue_tile_m!r}; wanted the rows of the kernel's tile, such as 128.")
+        raise ValueError(f"{name}: epilogue_tile_m is {shown(epilogue_tile_m)}; wanted the rows of the kernel's tile, such as 128.")
     slab = 32 if epilogue_tile_m % 128 == 0 else 16
     if shape[0] % slab:
         raise ValueError(f"{name}: input_tensor has shape {shape}; its rows must be a multiple of {slab}: pad them.")
@@ -91,16 +90,14 @@ def shuffled_rows(x: Any, slab: int = 32) -> Any:
 
 def layout_of(name: str, role: str, layout: Any) -> str:
     """The library's name of an SfLayout or its number."""
-    try:
-        return name_of(layout)
-    except ValueError:
-        known = ", ".join(f"SfLayout.{each.name}" for each in SfLayout)
-        raise ValueError(f"{name}: {role} is {layout!r}; wanted one of {known}.") from None
+    known = tuple(map(int, SfLayout))
+    return name_of(choice(name, role, layout, known, f"one of {', '.join(f'SfLayout.{each.name}' for each in SfLayout)}"))
 
 
-def tiles(swizzled: bool, eight_rows: bool) -> str:
+def tiles(name: str, is_sf_swizzled_layout: Any, is_sf_8x4_layout: Any) -> str:
     """The layout that FlashInfer's pair of flags means."""
-    return "linear" if not swizzled else "8x4" if eight_rows else "128x4"
+    eight_rows = flag(name, "is_sf_8x4_layout", is_sf_8x4_layout)
+    return "linear" if not flag(name, "is_sf_swizzled_layout", is_sf_swizzled_layout) else "8x4" if eight_rows else "128x4"
 
 
 def shaped(x: Any, shape: tuple[int, ...]) -> Any:

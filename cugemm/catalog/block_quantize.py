@@ -16,7 +16,7 @@ from cugemm.formats import BY_DTYPE, E4M3, ELEMENTS
 from cugemm.scale_layout import TILE_ROWS, padded
 from cugemm.scales import ceil_div
 
-_TAIL = struct.Struct("<5i12q12ifi")
+_TAIL = struct.Struct("<5i12q11ifi4x")
 _AMAX, _QUANTIZE = 0, 1  # MODE of the kernel
 _THREADS, _VALUES, _PIECES = 256, 16, 2
 
@@ -83,13 +83,19 @@ def _step(call: QuantizeCall, mode: int, data: int, scale: int, tensor_out: int,
     tail = _TAIL.pack(
         rows, call.cols, call.width, max(call.batch, 1), call.rows if call.batch else 0,
         x_matrix, x_row, x_column, scale_matrix, scale_row, scale_block, *tensor.strides, pre_scale.strides[0], counts.strides[0], *out,
-        grid.log_pieces, grid.down, grid.across, threads.bit_length() - 1, scale_rows, scale_blocks,
+        grid.log_pieces, grid.down, grid.across, scale_rows, scale_blocks,
         TILE_ROWS[call.layout], call.encode_scale, call.ceil_scale, BY_DTYPE[pre_scale.dtype].code, itemsize(counts.dtype), call.per_row,
         call.eps, call.silu,
     )  # fmt: skip
     elements = {"ELEMENT": problem.element, "SCALE": call.scale, "X_ELEMENT": BY_DTYPE[problem.x].name}
     prepare = int(call.silu or call.pre_scale is not None)
-    defines = (("MODE", mode), ("PREPARE", prepare), *((name, ELEMENTS[element].code) for name, element in elements.items()))
+    log_threads = threads.bit_length() - 1 if mode == _QUANTIZE else 0
+    defines = (
+        ("MODE", mode),
+        ("PREPARE", prepare),
+        ("LOG_THREADS", log_threads),
+        *((name, ELEMENTS[element].code) for name, element in elements.items()),
+    )
     pointers = (X, TENSOR_SCALE, PRE_SCALE, COUNTS, data, scale, tensor_out, zero, amax)
     return Step("block_quantize", defines, grid.grid, _THREADS, 0, pointers, (TENSOR_SCALE,), tail)
 

@@ -161,8 +161,8 @@ def _tiles(problem: Problem) -> tuple[_Tile, ...]:
     plain_operands = {problem.a, problem.b} & {BF16.name, FP16.name}
     if problem.scale_block and plain_operands >= {problem.a, problem.b}:
         return (_MEDIUM_ANY, _SMALL)  # cp.async's addresses or a second plane, beside a second set of sums: fewer of them in each thread
-    if 0 < problem.scale_block < 64 and not plain_operands:
-        return (_MEDIUM, _SMALL)  # two blocks in a k-step: fragments and two operands on their way live beside both sets of sums
+    if 0 < problem.scale_block < 64 and (not plain_operands or "mn" in (problem.a_major, problem.b_major)):
+        return (_MEDIUM, _SMALL)  # two blocks in a k-step: fragments and operands on their way live beside both sets of sums
     plain = _work(problem) == "plain" and problem.a == problem.b
     return (_LARGE if plain else _LARGE_DECODING, _MEDIUM, _SMALL)
 

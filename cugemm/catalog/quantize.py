@@ -15,12 +15,14 @@ from cugemm.formats import ALL, BY_DTYPE, ELEMENTS
 from cugemm.scale_layout import TILE_ROWS, padded
 from cugemm.scales import ceil_div
 
-_QUANTIZE_TAIL = struct.Struct("<6q5if")
+_QUANTIZE_TAIL = struct.Struct("<6q6if4x")
 _DEQUANTIZE_TAIL = struct.Struct("<3i5q8i")
 _INTERLEAVE_TAIL = struct.Struct("<4q10i")
 _AMAX, _QUANTIZE = 0, 1  # MODE of quantize.cu
 _THREADS = 256
-_PIECE = 16384
+_VALUES, _KEPT, _MOST = 8, 4, 512
+"""quantize.cu: columns a thread handles at once, how many times over it keeps them in registers, threads at most."""
+_BLOCK = 8192
 """Values of an array that one CTA takes where the format does not say."""
 
 
@@ -95,25 +97,30 @@ def _quantize(call: QuantizeCall, mode: int, pointers: tuple[int, int, int, int]
     rows, cols = call.block
     shared = problem.block == (ALL, ALL) or problem.direction == "cast"  # no block has a scale of its own: they only divide the work
     if shared:
-        cols = max(1, min(call.cols, _PIECE))
-        rows = max(1, _PIECE // cols)
-    blocks = call.batch * ceil_div(call.rows, rows) * ceil_div(call.cols, cols)
+        cols = max(1, min(call.cols, _BLOCK))
+        rows = max(1, _BLOCK // cols)
+    down, across = max(1, ceil_div(call.rows, rows)), max(1, ceil_div(call.cols, cols))
+    blocks = call.batch * down * across if call.rows and call.cols else 0
     if problem.direction == "quantize" and mode == _QUANTIZE:  # every scale is written, also that of an empty array
         blocks = max(blocks, 1) if shared else math.prod(call.outputs[1][0])
-    batch_count, row_count = (call.batch, call.rows) if call.batch else (1, 0)
+    row_count = call.rows if call.batch else 0
     defines = (("MODE", mode), ("ELEMENT", ELEMENTS[problem.element].code), ("X_ELEMENT", BY_DTYPE[problem.x].code))
     batch, row, column = call.x_strides
     scale_batch, scale_row, scale_column = call.scale_strides
     tail = _QUANTIZE_TAIL.pack(
-        row, column, batch, scale_row, scale_column, scale_batch, row_count, call.cols, batch_count, rows, cols, call.eps
+        row, column, batch, scale_row, scale_column, scale_batch, row_count, call.cols, down, across, rows, cols, call.eps
     )  # fmt: skip
-    return Step("quantize", defines, blocks, _THREADS, 0, pointers, (), tail)
+    pieces = min(rows, call.rows) * ceil_div(min(cols, call.cols), _VALUES)
+    kept = 2 * _KEPT // itemsize(problem.x)
+    threads = max(32, min(_MOST, 32 * ceil_div(pieces, 32 * kept)))
+    return Step("quantize", defines, blocks, threads, 0, pointers, (), tail)
 
 
 def _dequantize(call: QuantizeCall) -> Step:
     matrices, rows = one_matrix(call)
-    pieces = ceil_div(call.width, 8)
-    grid = tiles(matrices, rows, pieces)
+    grid = tiles(matrices, rows, ceil_div(call.width, 8 * 4))
+    block_rows, block_columns = call.block
+    log_columns = 31 if block_columns >= call.width else block_columns.bit_length() - 1
     scale_rows, scale_blocks = padded(rows, ceil_div(call.width, call.block[1]), call.layout)
     matrix, row, block = call.scale_strides
     if call.layout != "linear":
@@ -122,7 +129,7 @@ def _dequantize(call: QuantizeCall) -> Step:
     defines = tuple(zip(("ELEMENT", "SCALE", "X_ELEMENT"), (ELEMENTS[name].code for name in elements), strict=True))
     tail = _DEQUANTIZE_TAIL.pack(
         rows, call.width, call.rows, matrix, row, block, *(call.tensor.strides if call.tensor else (0, 0)),
-        grid.log_pieces, grid.down, grid.across, *call.block, scale_blocks, TILE_ROWS[call.layout], 0,
+        grid.log_pieces, grid.down, grid.across, block_rows, log_columns, scale_blocks, TILE_ROWS[call.layout], 0,
     )  # fmt: skip
     return Step("dequantize", defines, grid.grid, _THREADS, 0, (DATA, SCALE, DATA_TENSOR, ZERO, 4), (DATA_TENSOR,), tail)
 

@@ -46,22 +46,22 @@ __device__ __forceinline__ u32 encode_fp8x2(float low, float high) {
 #endif
 }
 
-// The code in the upper four bits. Adding 2^22, 2^23 or 2^24 rounds to the spacing of e2m1 in its binade, 1/2, 1 or 2, and counts it in the
-// low bits of the sum; the exponent above them, twice, counts two codes for each binade. Six more units make that come out modulo 8.
-// NOTE: 9 instructions; seven comparisons take 27, and cvt.e2m1x2 exists from sm_100 on only.
-__device__ __forceinline__ u32 encode_e2m1(float x) {
-    const float size = minimum(fabsf(x), 6.f);
-    const u32 magic = larger(__float_as_uint(size) & 0x7F800000u, 0x3F800000u) + (22u << 23) + 6;
-    const u32 sum = __float_as_uint(add(size, __uint_as_float(magic)));
-    return (sum + (sum >> 22)) << 28 & 0x70000000u | __float_as_uint(x) & 0x80000000u;
+// Rounded to an integer in the low bits of the sum, two's complement, below the bits of the number added: 1.5 * 2^23.
+constexpr u32 kIntegerBits = 0x4B400000u;
+__device__ __forceinline__ u32 encode_integer(float x) { return __float_as_uint(add(x, __uint_as_float(kIntegerBits))); }
+
+// Half a value -> its magnitude's code in the low bits of the sum, below those of 2^23. Codes count 1/2 up to 2, 1 up to 4, 2 up to 6: a term each, of which
+// at most one is no integer, so that the additions round once, ties to even codes, and saturate.
+// NOTE: all of it runs in the pipe of multiply-adds, at twice the rate of comparisons and logic. cvt.e2m1x2 exists from sm_100 on only.
+constexpr u32 kE2m1Bits = 0x4B000000u;
+__device__ __forceinline__ u32 encode_e2m1(float half) {
+    const float size = fabsf(half), sum = fmaf(add_saturated(size, 0.f), 4.f, __uint_as_float(kE2m1Bits));
+    return __float_as_uint(add(fmaf(add_saturated(size, -1.f), 2.f, sum), add_saturated(size, -2.f)));
 }
 
-// Integers below 2^22 in the low bits of the sum; negative ones in two's complement.
-__device__ __forceinline__ u32 encode_integer(float x, float low, float high) {
-    return __float_as_uint(add(minimum(maximum(x, low), high), 12582912.f));  // 1.5 * 2^23
-}
-
-// kCodes values -> a word of their codes, the first in the low bits. `zero`: added to uint4 codes.
+// kCodes values -> a word of their codes, the first in the low bits. They are in range, but for those that fp8 and e2m1
+// saturate; of e2m1 v has halves, and the codes have no signs.
+// `zero`: added to uint4 codes.
 template <int kElement>
 constexpr int kCodes = kPacked<kElement> ? 8 : 4;
 
@@ -69,53 +69,100 @@ template <int kElement>
 __device__ __forceinline__ u32 encode_word(const float (&v)[kCodes<kElement>], float zero = 0.f) {
     if constexpr (kIsFp8<kElement>) {
         return permute_bytes(encode_fp8x2<kElement>(v[0], v[1]), encode_fp8x2<kElement>(v[2], v[3]), 0x5410);
-    } else if constexpr (kElement == kE2m1x2) {
-        u32 word = 0;
-#pragma unroll
-        for (int i = 7; i >= 0; --i) word = __funnelshift_l(encode_e2m1(v[i]), word, 4);
-        return word;
     } else if constexpr (kElement == kInt8) {
-        u32 code[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) code[i] = encode_integer(v[i], -127.f, 127.f);
-        return permute_bytes(permute_bytes(code[0], code[1], 0x40), permute_bytes(code[2], code[3], 0x40), 0x5410);
+        return permute_bytes(permute_bytes(encode_integer(v[0]), encode_integer(v[1]), 0x40),
+                             permute_bytes(encode_integer(v[2]), encode_integer(v[3]), 0x40), 0x5410);
     } else {
-        constexpr float kMax = kElementMax<kElement>;
+        // The sum of code_i * 16^i, with what the codes lie below: that times 0x11111111, which comes off at the end.
         u32 word = 0;
 #pragma unroll
         for (int i = 7; i >= 0; --i) {
-            u32 code = kElement == kUint4x2 ? encode_integer(v[i], -zero, kMax - zero) + static_cast<u32>(zero)
-                                            : encode_integer(v[i], -kMax, kMax);
-            word = __funnelshift_l(code << 28, word, 4);
+            const u32 code = kElement == kE2m1x2    ? encode_e2m1(v[i])
+                             : kElement == kUint4x2 ? encode_integer(minimum(v[i], kElementMax<kElement> - zero))
+                                                    : encode_integer(v[i]);
+            word = (word << 4) + code;
         }
-        return word;
+        constexpr u32 kOnes = 0x11111111u;
+        if constexpr (kElement == kE2m1x2) return word - kE2m1Bits * kOnes;
+        if constexpr (kElement == kUint4x2) return word + (static_cast<u32>(zero) - kIntegerBits) * kOnes;
+        return word - (kIntegerBits - 8) * kOnes ^ 8 * kOnes;  // 8 more while they are added: no nibble borrows from the next
     }
 }
 
-// A divisor for many quotients. NOTE: an infinite one becomes zeros, with which finite x give 0 and others NaN, as they do divided by inf.
+// The signs of eight e2m1 codes: of the values before they are divided, as that may cost a -0 its sign.
+template <int kElement>
+__device__ __forceinline__ u32 encode_signs(const float (&v)[kCodes<kElement>]) {
+    if constexpr (kElement == kE2m1x2) {
+        u32 top[4];  // bytes of values i and i + 2, i + 4 and i + 6
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int at = i / 2 * 4 + i % 2;
+            top[i] = permute_bytes(__float_as_uint(v[at]), __float_as_uint(v[at + 2]), 0x73);
+        }
+        return permute_bytes(top[0], top[2], 0x5410) >> 4 & 0x08080808u | permute_bytes(top[1], top[3], 0x5410) & 0x80808080u;
+    }
+    return 0;
+}
+
+// A divisor for many quotients. `plain`: it is amax / kElementMax, and amax and the values have at most 11 significant bits.
+// NOTE: an infinite one becomes zeros, with which finite x give 0 and others NaN, as they do divided by inf.
 struct Divisor {
     float value, reciprocal;
+    bool plain;
 };
 
-__device__ __forceinline__ Divisor divide_by(float scale) {
-    if (scale > kLargest) return {0.f, 0.f};
-    return {scale, divide(1.f, scale)};
+__device__ __forceinline__ Divisor divide_by(float scale, bool plain) {
+    if (scale > kLargest) return {0.f, 0.f, plain};
+    return {scale, divide(1.f, scale), plain};
 }
 
-// x / divisor, with the bits of the IEEE quotient wherever that decides a code: from 2^-18 up, for divisors of 2^-85 .. 2^126.
+// v / divisor, with the bits of the IEEE quotient wherever that decides a code: from 2^-18 up, for divisors of 2^-85 .. 2^126.
 // The first correction leaves less than one unit in the last place; then the remainder is exact, and Markstein's theorem makes the second
 // round correctly. Five multiply-adds beside the twenty instructions of `divide`. Source: P. Markstein, IBM J. Res. Dev. 34 (1990).
-__device__ __forceinline__ float quotient(float x, const Divisor& d) {
-    float q = x * d.reciprocal;
-    q = fmaf(fmaf(-q, d.value, x), d.reciprocal, q);
-    q = fmaf(fmaf(-q, d.value, x), d.reciprocal, q);
-    return __uint_as_float(__float_as_uint(q) & 0x7FFFFFFFu | __float_as_uint(x) & 0x80000000u);  // the corrections lose the sign of -0
+// Of plain divisors the first is enough: so says a trial of all pairs of significands, for 448, 57344, 127, 7 and 6.
+template <int kElement, int kCount>
+__device__ __forceinline__ void divide_all(float (&v)[kCount], const Divisor& d) {
+    float q[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        q[i] = v[i] * d.reciprocal;
+        q[i] = fmaf(fmaf(-q[i], d.value, v[i]), d.reciprocal, q[i]);
+    }
+    if (!d.plain) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) q[i] = fmaf(fmaf(-q[i], d.value, v[i]), d.reciprocal, q[i]);
+    }
+    constexpr bool kSigned = kIsFp8<kElement>;  // the corrections lose the sign of -0
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+        v[i] = kSigned ? __uint_as_float(__float_as_uint(q[i]) & 0x7FFFFFFFu | __float_as_uint(v[i]) & 0x80000000u) : q[i];
 }
 
-// The largest |x| seen so far. fp8 leaves NaN out; elsewhere it stays. NaN and inf have the largest bits.
-template <bool kLeaveNan>
-__device__ __forceinline__ float larger_size(float amax, float x) {
-    return kLeaveNan ? maximum(amax, fabsf(x)) : maximum_or_nan(amax, fabsf(x));
+// The largest x, or |x|, seen so far, in words that hold two 16-bit values or a float as they are stored. fp8 leaves NaN out; elsewhere it
+// stays. NaN and inf have the largest bits.
+template <int kFloat>
+constexpr u32 kSizeBits = kFloat == kFp32 ? 0x7FFFFFFFu : 0x7FFF7FFFu;
+
+template <int kFloat, bool kLeaveNan>
+__device__ __forceinline__ u32 larger_values(u32 a, u32 b) {
+    if constexpr (kFloat == kBf16) {
+        return kLeaveNan ? maximum_bf16x2(a, b) : maximum_or_nan_bf16x2(a, b);
+    } else if constexpr (kFloat == kFp16) {
+        return kLeaveNan ? maximum_fp16x2(a, b) : maximum_or_nan_fp16x2(a, b);
+    } else {
+        const float x = __uint_as_float(a), y = __uint_as_float(b);
+        return __float_as_uint(kLeaveNan ? maximum(x, y) : maximum_or_nan(x, y));
+    }
+}
+template <int kFloat, bool kLeaveNan>
+__device__ __forceinline__ u32 larger_sizes(u32 sizes, u32 word) {
+    return larger_values<kFloat, kLeaveNan>(sizes, word & kSizeBits<kFloat>);
+}
+template <int kFloat>
+__device__ __forceinline__ float largest_size(u32 sizes) {
+    if constexpr (kFloat == kFp32) return __uint_as_float(sizes);
+    const u32 bits = larger(sizes & 0xFFFFu, sizes >> 16);
+    return kFloat == kBf16 ? bf16_to_float(bits) : fp16_to_float(bits);
 }
 
 // scale = max(amax, eps) / largest, or the power of two above it.

@@ -31,7 +31,7 @@ constexpr int kFloatBytes = kElement == kFp32 ? 4 : 2;
 // kValues neighbouring floats of a row as they are stored.
 template <int kElement, int kValues>
 struct Floats {
-    static constexpr int kChunks = kValues * kFloatBytes<kElement> / 16;
+    static constexpr int kChunks = kValues * kFloatBytes<kElement> / 16, kWords = 4 * kChunks;
     Chunk chunk[kChunks];
 
     __device__ __forceinline__ float value(int i) const {
@@ -41,13 +41,26 @@ struct Floats {
         return fp16_to_float(word >> (i % 2 * 16));
     }
 
+    __device__ __forceinline__ u32 word(int i) const { return chunk[i / 4].word[i % 4]; }
+
+    // Takes values that its dtype has.
+    __device__ __forceinline__ void keep(const float (&v)[kValues]) {
+#pragma unroll
+        for (int i = 0; i < kWords; ++i)
+            chunk[i / 4].word[i % 4] = kElement == kFp32   ? __float_as_uint(v[i])
+                                       : kElement == kBf16 ? pack_bf16(v[2 * i % kValues], v[2 * i % kValues + 1])
+                                                           : pack_fp16(v[2 * i % kValues], v[2 * i % kValues + 1]);
+    }
+
+    // All of them, contiguous and aligned.
+    __device__ __forceinline__ void load_whole(u64 p) {
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) chunk[i] = load_global_16(reinterpret_cast<const void*>(p + 16 * i));
+    }
+
     // The first `count`, zeros behind. `stride` in values.
     __device__ __forceinline__ void load(u64 p, i64 stride, int count) {
-        if (count == kValues && stride == 1 && p % 16 == 0) {
-#pragma unroll
-            for (int i = 0; i < kChunks; ++i) chunk[i] = load_global_16(reinterpret_cast<const void*>(p + 16 * i));
-            return;
-        }
+        if (count == kValues && stride == 1 && p % 16 == 0) return load_whole(p);
 #pragma unroll
         for (int i = 0; i < kValues; ++i) {
             const void* at = reinterpret_cast<const void*>(p + i * stride * kFloatBytes<kElement>);
@@ -69,18 +82,21 @@ __device__ __forceinline__ float rounded(float v) {
     return kElement == kBf16 ? bf16_to_float(pack_bf16(v, 0.f)) : fp16_to_float(pack_fp16(v, 0.f));
 }
 
+// kWords words in one piece, to where that is aligned.
+template <int kWords>
+__device__ __forceinline__ void store_words(const u32 (&word)[kWords], u64 p) {
+    if constexpr (kWords == 4)
+        *reinterpret_cast<uint4*>(p) = {word[0], word[1], word[2], word[3]};
+    else if constexpr (kWords == 2)
+        *reinterpret_cast<uint2*>(p) = {word[0], word[1]};
+    else
+        *reinterpret_cast<u32*>(p) = word[0];
+}
+
 // kWords words to consecutive bytes, of which `count` exist.
 template <int kWords>
 __device__ __forceinline__ void store_bytes(const u32 (&word)[kWords], u64 p, int count) {
-    if (count == 4 * kWords && p % (4 * kWords) == 0) {
-        if constexpr (kWords == 4)
-            *reinterpret_cast<uint4*>(p) = {word[0], word[1], word[2], word[3]};
-        else if constexpr (kWords == 2)
-            *reinterpret_cast<uint2*>(p) = {word[0], word[1]};
-        else
-            *reinterpret_cast<u32*>(p) = word[0];
-        return;
-    }
+    if (count == 4 * kWords && p % (4 * kWords) == 0) return store_words(word, p);
 #pragma unroll
     for (int i = 0; i < 4 * kWords; ++i)
         if (i < count) reinterpret_cast<u8*>(p)[i] = static_cast<u8>(word[i / 4] >> (i % 4 * 8));

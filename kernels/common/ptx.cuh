@@ -145,8 +145,42 @@ __device__ __forceinline__ float maximum_or_nan(float a, float b) {  // a NaN wi
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
     return r;
 }
+__device__ __forceinline__ float add_saturated(float a, float b) {  // into 0 .. 1, NaN to 0, at no cost
+    float r;
+    asm("add.rn.sat.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
 __device__ __forceinline__ float minimum(float a, float b) {  // a NaN loses against a number
     float r;
     asm("min.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
+
+// Two maxima at once, with the same two rules for NaN.
+__device__ __forceinline__ u32 maximum_bf16x2(u32 a, u32 b) {
+    u32 r;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ u32 maximum_or_nan_bf16x2(u32 a, u32 b) {
+    u32 r;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ u32 maximum_fp16x2(u32 a, u32 b) {
+    u32 r;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ u32 maximum_or_nan_fp16x2(u32 a, u32 b) {
+    u32 r;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+// The largest over the warp, in every lane; an instruction since sm_80 (PTX 9.7.13.10).
+__device__ __forceinline__ u32 largest_of_warp(u32 v) {
+    u32 r;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xFFFFFFFF;" : "=r"(r) : "r"(v));
     return r;
 }
