@@ -19,6 +19,7 @@ from cugemm.records import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = (*((m, n, k) for n, k in ((7168, 2048), (28672, 4096)) for m in (1, 8, 16, 128)), (4096, 4096, 4096), (8192, 8192, 8192))
+OTHER_ROWS = {"quantize": (4096,), "moe": (16, 1024)}
 """(m, n, k) of the recorded rows that the README shows; docs/benchmarks has all."""
 
 
@@ -83,7 +84,7 @@ def benchmarks() -> str:
             header = ("format", "m", "n x k", "us", "stream us", "floor us", "peers, us")
             tables.append(records.markdown(header, _times(sorted(products, key=lambda row: (row["n"], row["k"], row["m"])))))
         for op, table in (("quantize", records.quantiser_table), ("moe", records.layer_table)):
-            own = [row for row in rows if row["op"] == op]
+            own = [row for row in rows if row["op"] == op and row["m"] in OTHER_ROWS[op]]
             if own:
                 tables.append(table(own))
         if tables:

@@ -193,7 +193,7 @@ CASES = [
     ),
     # rank
     Case("linear-w-rank", V, ("linear: ", "w has shape (2, 16, 64)", "2-D"), lambda: (linear, numpy(*A), numpy(2, *W))),
-    Case("linear-x-0d", V, ("linear: ", "x has shape ()", "2-D"), lambda: (linear, numpy(), numpy(*W))),
+    Case("linear-x-0d", V, ("linear: ", "x has shape ()", "wanted [.., k]"), lambda: (linear, numpy(), numpy(*W))),
     Case("matmul-rank", V, ("matmul: ", "a has shape (64,)", "2-D or 3-D"), lambda: (matmul, numpy(64), numpy(*B))),
     Case("matmul-rank-4", V, ("matmul: ", "b has shape (1, 1, 64, 16)", "2-D or 3-D"), lambda: (matmul, numpy(*A), numpy(1, 1, *B))),
     Case("mm_bf16-rank", V, ("mm_bf16: ", "a has shape (1, 4, 64)", "2-D"), lambda: (mm_bf16, numpy(1, *A), numpy(*B))),
@@ -735,7 +735,7 @@ CASES = [
     Case(
         "segments-indices-3d",
         V,
-        ("SegmentGEMMWrapper", "expert_indices has shape (4, 1, 1)", "1-D or 2-D"),
+        ("SegmentGEMMWrapper", "expert_indices has shape (4, 1, 1)", "wanted [m]"),
         lambda: run(numpy(*A), numpy(2, *B), numpy(4, 1, 1, dtype="int32")),
     ),
     Case(
