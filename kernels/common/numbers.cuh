@@ -1,5 +1,5 @@
 // What stored codes mean. Every decode is exact for every code, subnormals, infinities and NaN included, and yields two 16-bit
-// values in a word. Only this file asks for the architecture.
+// values in a word. Only this file and encode.cuh ask for the architecture.
 //
 // Decodes take a *spread* word: the code of each value at the top of its 16-bit half (8-bit codes in bits 15..8, e2m1 in bits 15..12).
 // Moving sign and exponent into the wider format's fields gives value * 2^-(bias difference), subnormals included; one exact multiply
