@@ -69,11 +69,12 @@ def test_grouped_matmul_in_frameworks(kind: str, framework: Framework) -> None:
         MATMULS[kind](framework, seed, *pair, "int32")
 
 
-@each
-@pytest.mark.parametrize("name", ENTRIES)
+# DeepGEMM's functions write into `d`; test_deepgemm_refuses_jax has the frameworks that cannot be written to.
+@pytest.mark.parametrize(
+    ("name", "framework"),
+    [pytest.param(name, f, id=f"{name}-{f.name}") for name in ENTRIES for f in FRAMEWORKS if f.writes or name != "deepgemm"],
+)
 def test_entries(name: str, framework: Framework) -> None:
-    if name == "deepgemm" and not framework.writes:
-        pytest.skip("needs arrays that can be written to; test_deepgemm_refuses_jax")
     for seed in range(4 if framework is NUMPY else 1):
         ENTRIES[name](framework, seed, ("int32", "int64")[seed % 2])
 
@@ -144,14 +145,17 @@ def test_minus_one_is_no_expert(name: str, framework: Framework) -> None:
 # --- calls of several steps -----------------------------------------------------------------------------------------------------------
 
 
-@each
-@pytest.mark.parametrize("activations", ["fp8_row", "fp8_group", "fp8_tensor", "mxfp8", "nvfp4", "nvfp4_row", "int8_row"])
+ACTIVATIONS = ("fp8_row", "fp8_group", "fp8_tensor", "mxfp8", "nvfp4", "nvfp4_row", "int8_row")
+
+
+@pytest.mark.parametrize(
+    ("framework", "activations"),  # jit, which is slow, with two of them
+    [pytest.param(f, name, id=f"{name}-{f.name}") for f in FRAMEWORKS for name in (("fp8_row", "nvfp4") if f.jit else ACTIVATIONS)],
+)
 @pytest.mark.parametrize("kind", ["indptr", "top-k", "pairs", "masked"])
 def test_activations_are_quantised_first(kind: str, activations: str, framework: Framework) -> None:
     rng = np.random.default_rng(4)
     w = rng.standard_normal((3, 24, 64)).astype(BF16)
-    if framework.jit and activations not in ("fp8_row", "nvfp4"):
-        pytest.skip("jit is tried with two formats")
     said: dict[str, Array]
     if kind == "indptr":
         x, said = rng.standard_normal((9, 64)).astype(BF16), {"indptr": np.array([0, 4, 4, 9], np.int32)}
@@ -413,10 +417,8 @@ def test_explain(name: str) -> None:
     assert [step for step in ("quantize", "combine", "silu_and_mul") if f"cugemm.{step}\n" in text] == steps.get(name, [])
 
 
-@each
+@pytest.mark.parametrize("framework", [f for f in FRAMEWORKS if not f.jit], ids=lambda f: f.name)  # tracers are no arrays to explain
 def test_explain_takes_arrays_too(framework: Framework) -> None:
-    if framework.jit:
-        pytest.skip("tracers are no arrays to explain")
     put = framework.put
     x, w = put(np.zeros((6, 2, 64), BF16)), put(np.zeros((3, 8, 64), BF16))
     indices, weights = put(np.zeros((6, 2), np.int32)), put(np.zeros((6, 2), np.float32))
