@@ -38,6 +38,7 @@ from cugemm.api.grouped_flashinfer import (
     grouped_mm_mxfp8,
     moe_gemm_fp8_nt_groupwise,
 )
+from cugemm.api.grouped_masked import grouped_gemm_nt_masked
 from cugemm.api.grouped_matmul import grouped_matmul
 from cugemm.api.quantize import dequantize, quantize
 from cugemm.api.rowwise import combine, silu_and_mul
@@ -85,6 +86,7 @@ __all__ = [
     "group_gemm_mxfp4_nt_groupwise",
     "group_gemm_mxfp8_mxfp4_nt_groupwise",
     "group_gemm_nvfp4_nt_groupwise",
+    "grouped_gemm_nt_masked",
     "grouped_matmul",
     "grouped_mm_bf16",
     "grouped_mm_fp4",

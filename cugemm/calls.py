@@ -48,6 +48,8 @@ CALLS = {
     "group_gemm_mxfp4_nt_groupwise": _MXFP4_GROUPS,
     "group_gemm_mxfp8_mxfp4_nt_groupwise": _MXFP4_GROUPS,
     "group_gemm_nvfp4_nt_groupwise": f"{_NVFP4} a_scale=uint8:g*127+m/128*128xk/16 b_scale=nvfp4@128x4:gxnxk:scale m_indptr=int32:g+1",
+    "grouped_gemm_nt_masked": "lhs=nvfp4@128x4:gxmxk:pair:last rhs=nvfp4@128x4:gxnxk:pair:last out=None masked_m=int32:g "
+    "ab_dtype=float4_e2m1fn sf_dtype=float8_e4m3fn c_dtype=bfloat16 sf_vec_size=16",
     "grouped_matmul": "x=bf16:mxk experts=fp8_block:gxnxk indices=int32:mxt",
     "grouped_mm_bf16": "a=bf16:mxk b=bf16:gxnxk m_indptr=int32:g+1",
     "grouped_mm_fp4": f"{_NVFP4} a_descale=nvfp4@128x4:mxk:scale b_descale=nvfp4@128x4:gxnxk:scale m_indptr=int32:g+1",
@@ -107,6 +109,7 @@ def operand(text: str, device: int = HOST, sizes: Mapping[str, int] = SIZES) -> 
     """The Spec, or the Quantized of Specs, that a text stands for: "name:shape", then any of these, in order, each behind a colon.
 
     T: the transposed view (last two axes). data, scale: that part of a Quantized. pair: (data, scale). flat: in one axis.
+    last: the view of [groups, rows, columns], or of the data of such a pair, with the groups last.
     name: a dtype or element ("bfloat16", "bf16"), or a format, whose byte scales may lie in tiles ("fp8_row", "nvfp4@128x4"). shape:
     numbers separated by x, or sums, products and quotients from left to right, with letters as in SIZES. ValueError with an example.
     """
@@ -122,9 +125,12 @@ def operand(text: str, device: int = HOST, sizes: Mapping[str, int] = SIZES) -> 
     for word in words:
         if word not in _WORDS or (word in ("data", "scale", "pair") and type(found) is not Quantized):
             raise ValueError(
-                f"operand {text!r} has {word!r}; only T (transposed), flat, and of a format data, scale, pair can stand there."
+                f"operand {text!r} has {word!r}; only T (transposed), flat, last, and of a format data, scale, pair can stand there."
             )
-        found = _WORDS[word](found)
+        try:
+            found = _WORDS[word](found)
+        except IndexError:
+            raise ValueError(f"operand {text!r} has {word!r}, which needs more axes.") from None
     return found
 
 
@@ -134,6 +140,7 @@ _WORDS: dict[str, Callable[[Any], Any]] = {
     "scale": lambda q: q.scale,
     "pair": lambda q: (q.data, q.scale),
     "flat": lambda x: shaped(x, (-1,)),
+    "last": lambda x: (_WORDS["last"](x[0]), *x[1:]) if isinstance(x, tuple) else swapped_axes(x, (1, 2), (0, 2)),
 }
 
 

@@ -197,12 +197,6 @@ def layer_flops(layer: Layer, m: int) -> float:
     return m * layer.topk * (flops(1, 2 * layer.inner, layer.hidden) + flops(1, layer.hidden, layer.inner))
 
 
-def stored_bytes(weight: Any) -> int:
-    """Bytes of a weight as `Case.weight` returned it, scales and zero points included."""
-    parts = (weight.data, weight.scale, weight.tensor_scale, weight.zero) if isinstance(weight, Quantized) else (weight,)
-    return sum(int(x.nbytes) for x in parts if x is not None)
-
-
 def operand_bits(case: Case) -> int:
     """Bits of the widest operand: what the fastest tensor cores that could take both have at least, so that they set the floor."""
     return max(16 if name is None else FORMATS[name].element.bits for name in (case.activations, case.weights))

@@ -41,9 +41,7 @@ _PROTOTYPES = {
     "cuLaunchKernelEx": "pppp",
     "cuMemcpyDtoH_v2": "ppz",
     "cuMemsetD2D8Async": "pzBzzp",
-    "cuMemsetD8Async": "pBzp",
     "cuOccupancyMaxActiveBlocksPerMultiprocessor": "ppiz",
-    "cuPointerGetAttribute": "pip",
     "cuStreamIsCapturing": "pp",
     "cuStreamSynchronize": "p",
 }
@@ -370,27 +368,6 @@ def event_destroy(event: int) -> None:
     _call("cuEventDestroy_v2", event)
 
 
-def memset(ptr: int, size: int, stream: int) -> None:
-    """Fill `size` bytes with zeros, in stream order."""
-    _call("cuMemsetD8Async", ptr, 0, size, stream)
-
-
 def memset_2d(ptr: int, pitch: int, width: int, height: int, stream: int) -> None:
     """Fill `height` rows of `width` bytes, `pitch` bytes apart, with zeros, in stream order."""
     _call("cuMemsetD2D8Async", ptr, pitch, 0, width, height, stream)
-
-
-def pointer_device(ptr: int) -> int | None:
-    """Ordinal of the device that an address belongs to; None for memory CUDA does not know."""
-    ordinal = ctypes.c_int()
-    library = _library or _load()
-    failed = library.cuPointerGetAttribute(ctypes.byref(ordinal), 9, ptr)  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
-    return None if failed or ordinal.value < 0 else ordinal.value
-
-
-def is_managed(ptr: int) -> bool:
-    """Is this unified memory (cudaMallocManaged)?"""
-    managed = ctypes.c_uint()
-    library = _library or _load()
-    failed = library.cuPointerGetAttribute(ctypes.byref(managed), 8, ptr)  # CU_POINTER_ATTRIBUTE_IS_MANAGED
-    return not failed and bool(managed.value)

@@ -26,6 +26,7 @@ from cugemm.api.grouped_flashinfer import (
     grouped_mm_mxfp8,
     moe_gemm_fp8_nt_groupwise,
 )
+from cugemm.api.grouped_masked import grouped_gemm_nt_masked
 from cugemm.api.svdquant import mm_nvfp4_svdquant, svdquant_linear
 from cugemm.api.tgv import mm_M1_16_K6144_N256, mm_M1_16_K7168_N128, mm_M1_16_K7168_N256, tgv_gemm, tgv_gemm_sm100, tinygemm_bf16
 
@@ -44,6 +45,7 @@ __all__ = [
     "group_gemm_mxfp4_nt_groupwise",
     "group_gemm_mxfp8_mxfp4_nt_groupwise",
     "group_gemm_nvfp4_nt_groupwise",
+    "grouped_gemm_nt_masked",
     "grouped_mm_bf16",
     "grouped_mm_fp4",
     "grouped_mm_fp8",

@@ -5,6 +5,7 @@ Every function makes a problem from a seed, runs an entry twice in a `Framework`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -427,6 +428,58 @@ def deepgemm(f: Framework, seed: int, index: str) -> None:
     verify(f.get(d), a, b, True, counts=counts)
 
 
+def groups_last(x: Any) -> Any:
+    return x.swapaxes(1, 2).swapaxes(0, 2)  # [groups, rows, columns] -> [rows, columns, groups]
+
+
+def tiles_last(scale: Any) -> Any:
+    """[groups, padded rows, padded blocks] -> [32, 4, tile rows, 4, tile columns, groups]: what the grouped quantisers return."""
+    groups, high, wide = scale.shape
+    tiles = scale.reshape((groups, high // 128, wide // 4, 32, 4, 4))
+    for pair in ((0, 3), (1, 4), (2, 4), (3, 5)):
+        tiles = tiles.swapaxes(*pair)
+    return tiles
+
+
+MASKED_KINDS = {  # format -> ab_dtype, sf_dtype, sf_vec_size
+    "nvfp4": ("float4_e2m1fn", "float8_e4m3fn", 16),
+    "mxfp4": ("float4_e2m1fn", "float8_e8m0fnu", 32),
+    "mxfp8": ("float8_e4m3fn", "float8_e8m0fnu", 32),
+    "mxfp8_e5m2": ("float8_e5m2", "float8_e8m0fnu", 32),
+}
+
+
+def masked(f: Framework, seed: int, index: str, kind: str) -> None:
+    """Groups along the last axis; tiles as six axes or, of b, three; alpha in each of its shapes; out given and not."""
+    rng = np.random.default_rng(seed)
+    size = sizes(rng, even=True)
+    a, b = operands(rng, size, kind, kind, True, lead=(size.groups,))
+    assert a.scale is not None and b.scale is not None
+    counts = rng.integers(0, size.m + 1, size.groups).astype(index)
+    alpha = np.exp2(rng.integers(-2, 3, size.groups)).astype(np.float32)
+    unit = np.ones(1, np.float32) if kind == "nvfp4" else None
+    a = a._replace(values=formats.values(kind, a.data, a.scale, unit))
+    b = b._replace(values=formats.values(kind, b.data, b.scale, unit) * alpha[:, None, None])
+    ab, sf, vector = MASKED_KINDS[kind]
+    dtype = ("float32", BF16, "float16")[seed % 3]
+
+    def call(a: Any, a_sf: Any, b: Any, b_sf: Any, counts: Any, alpha: Any, out: Any = None) -> Any:
+        return cugemm.grouped_gemm_nt_masked(
+            (groups_last(a), tiles_last(a_sf)), (groups_last(b), b_sf if seed % 2 else tiles_last(b_sf)), out, counts,
+            ab_dtype=ab, sf_dtype=sf, c_dtype=dtype, sf_vec_size=vector, alpha=alpha, alpha_dtype="float32", is_swap_ab=False,
+        )  # fmt: skip
+
+    arrays = (a.data, formats.tiled(a.scale, "128x4"), b.data, formats.tiled(b.scale, "128x4"), counts)
+    alpha = alpha.reshape(1, 1, -1) if seed % 2 else alpha
+    y = f.call(call, *arrays, alpha)
+    assert y.shape == (size.m, size.n, size.groups)
+    verify(np.moveaxis(y, 2, 0), a, b, True, dtype, counts=counts)
+    if f.writes:
+        out = groups_last(f.put(oracles.poison((size.groups, size.m, size.n), dtype)))
+        assert call(*(f.put(x) for x in (*arrays, alpha)), out) is out
+        oracles.check_bits(np.ascontiguousarray(f.get(out)), np.ascontiguousarray(y), "into out")
+
+
 ENTRIES: dict[str, Callable[[Framework, int, str], None]] = {
     "group fp8 K": lambda f, seed, index: group_fp8(f, seed, index, "K", 1),
     "group fp8 MN": lambda f, seed, index: group_fp8(f, seed, index, "MN", 1),
@@ -439,6 +492,7 @@ ENTRIES: dict[str, Callable[[Framework, int, str], None]] = {
     "group nvfp4 linear": lambda f, seed, index: group_nvfp4(f, seed, index, "linear"),
     "group deepgemm": group_deepgemm,
     "batch deepgemm": batch_deepgemm,
+    **{f"masked {kind}": functools.partial(masked, kind=kind) for kind in MASKED_KINDS},
     "mm bf16": mm_bf16,
     "mm fp8": mm_fp8,
     "mm mxfp8": lambda f, seed, index: mm_mxfp8(f, seed, index, "128x4"),

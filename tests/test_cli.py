@@ -295,7 +295,9 @@ def test_explain_prints_the_scale_layouts_it_read(capsys: pytest.CaptureFixture[
         (("mm_fp8", "--a", "bfloat17:2x2"), "operand 'bfloat17:2x2': 'bfloat17' is not a dtype"),
         (("mm_fp8", "--a", "mxfp8@4x4:2x64"), "operand 'mxfp8@4x4:2x64': quantize: scale_layout is '4x4'"),
         (("mm_bf16", "--a", "bfloat16:2x2:t", "--b", "bfloat16:2x2"), "operand 'bfloat16:2x2:t' has 't'; only T (transposed)"),
-        (("mm_bf16", "--a", "bfloat16:2x2:scale"), "has 'scale'; only T (transposed), flat, and of a format data, scale, pair"),
+        (("mm_bf16", "--a", "bfloat16:2x2:scale"), "has 'scale'; only T (transposed), flat, last, and of a format data, scale, pair"),
+        (("mm_bf16", "--a", "bfloat16:8:T"), "operand 'bfloat16:8:T' has 'T', which needs more axes."),
+        (("mm_bf16", "--a", "bfloat16:8x8:last"), "operand 'bfloat16:8x8:last' has 'last', which needs more axes."),
         (("mm_bf16", "--a", "bfloat16:2x3", "--b", "bfloat16:2x2"), "a (2, 3) has k = 3, but b (2, 2) read as [k, n] has k = 2"),
         (("mm_bf16", "--a", "bfloat16:2x2", "--b", "bfloat16:2x2", "--set", "alpha"), "'alpha' is not NAME=VALUE."),
         (("mm_bf16", "--arch", "sm_7"), "arch is 'sm_7'; wanted one of sm_80, sm_86"),
@@ -443,12 +445,18 @@ def test_traffic_counts_each_byte_once() -> None:
     assert cases.stored("nvfp4_row", n, k) == n * k // 2 + n * k // 16 + 4 * n
 
 
+def stored_bytes(weight: Any) -> int:
+    """Bytes of a weight as `Case.weight` returned it, scales and zero points included."""
+    parts = (weight.data, weight.scale, weight.tensor_scale, weight.zero) if isinstance(weight, cugemm.Quantized) else (weight,)
+    return sum(int(x.nbytes) for x in parts if x is not None)
+
+
 @pytest.mark.parametrize("name", cases.CASES)
 def test_a_case_computes_x_w_transposed(name: str, rng: np.random.Generator) -> None:
     case = cases.CASES[name]
     x, w = (rng.standard_normal(shape).astype(numpy_dtype(case.dtype)) for shape in ((5, 256), (130, 256)))
     a, b = case.activation(x), case.weight(w)
-    assert cases.stored_bytes(b) == cases.stored(case.weights, 130, 256)
+    assert stored_bytes(b) == cases.stored(case.weights, 130, 256)
     y = case.product(a, b)
     assert (y.shape, y.dtype.name) == ((5, 130), case.dtype)
     right = x.astype(np.float64) @ w.astype(np.float64).T
@@ -477,7 +485,7 @@ def test_quantisers_move_what_is_counted(quantiser: cases.Quantiser, rng: np.ran
     x = rng.standard_normal((128, 512)).astype(numpy_dtype("bfloat16"))
     q = quantiser(x)
     given = 4 * (quantiser.tensor_scale is not None)
-    assert abs(x.nbytes + cases.stored_bytes(q) - cases.quantiser_traffic(quantiser.format, 128, 512)) <= given
+    assert abs(x.nbytes + stored_bytes(q) - cases.quantiser_traffic(quantiser.format, 128, 512)) <= given
     (recorded,) = cases.record_quantiser(quantiser, 128, 512)
     assert recorded.call.problem.element == FORMATS[quantiser.format].element.name
 

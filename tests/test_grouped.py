@@ -16,7 +16,7 @@ import oracles
 import pytest
 import torch
 from conftest import ROOT
-from grouped_cases import ENTRIES, MATMULS, PAIRS, Framework
+from grouped_cases import ENTRIES, MASKED_KINDS, MATMULS, PAIRS, Framework, groups_last, tiles_last
 from oracles import Array
 
 import cugemm
@@ -357,6 +357,8 @@ def specs(q: Quantized) -> Quantized:
 
 
 I32 = "int32"
+NVFP4 = {"ab_dtype": "float4_e2m1fn", "sf_dtype": "float8_e4m3fn", "sf_vec_size": 16}
+MXFP8 = {"ab_dtype": "float8_e4m3fn", "sf_dtype": "float8_e8m0fnu", "sf_vec_size": 32}
 F8 = "float8_e4m3fn"
 GROUPWISE = (spec(40, 256, dtype=F8), spec(3, 24, 256, dtype=F8), spec(40, 2, dtype="float32"), spec(3, 1, 2, dtype="float32"))
 MASKED = (spec(3, 40, 256, dtype=F8), GROUPWISE[1], spec(3, 40, 2, dtype="float32"), GROUPWISE[3])
@@ -383,6 +385,10 @@ EXPLAINED: dict[str, Callable[[], str]] = {
     ),
     "group_deepgemm_fp8_nt_groupwise": lambda: cugemm.explain(cugemm.group_deepgemm_fp8_nt_groupwise, *GROUPWISE, spec(40, dtype=I32)),
     "batch_deepgemm_fp8_nt_groupwise": lambda: cugemm.explain(cugemm.batch_deepgemm_fp8_nt_groupwise, *MASKED, spec(3, dtype=I32), 16),
+    "grouped_gemm_nt_masked": lambda: cugemm.explain(
+        cugemm.grouped_gemm_nt_masked, (spec(40, 128, 3, dtype="uint8"), spec(32, 4, 1, 4, 4, 3, dtype="uint8")),
+        (spec(24, 128, 3, dtype="uint8"), spec(3, 128, 16, dtype=F8)), None, spec(3, dtype=I32), c_dtype="bfloat16", **NVFP4,
+    ),
     "grouped_mm_bf16": lambda: cugemm.explain(cugemm.grouped_mm_bf16, spec(40, 64), spec(3, 24, 64), spec(4, dtype=I32)),
     "grouped_mm_fp8": lambda: cugemm.explain(cugemm.grouped_mm_fp8, GROUPWISE[0], GROUPWISE[1], spec(4, dtype=I32), 0.5),
     "grouped_mm_mxfp8": lambda: cugemm.explain(
@@ -498,6 +504,9 @@ U8A, U8B = np.zeros((6, 128), np.uint8), np.zeros((3, 8, 128), np.uint8)
 SFA, SFB = np.zeros((384, 8), np.uint8), np.zeros((3, 128, 8), np.uint8)
 FLAT = np.zeros((128, 8), np.uint8)
 D = np.zeros((6, 8), BF16)
+X128 = np.zeros((3, 6, 128), BF16)
+L4 = groups_last(np.zeros((3, 6, 64), np.uint8)), tiles_last(np.zeros((3, 128, 8), np.uint8))
+R4 = groups_last(np.zeros((3, 8, 64), np.uint8)), tiles_last(np.zeros((3, 128, 8), np.uint8))
 gm, g8 = cugemm.grouped_matmul, cugemm.group_gemm_fp8_nt_groupwise
 mx4, nv4 = cugemm.group_gemm_mxfp8_mxfp4_nt_groupwise, cugemm.group_gemm_nvfp4_nt_groupwise
 dense, contiguous = cugemm.fp8_gemm_nt, cugemm.m_grouped_fp8_gemm_nt_contiguous
@@ -790,6 +799,57 @@ ERRORS: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         lambda: cugemm.moe_gemm_fp8_nt_groupwise(A8, B8[:, :7], SA, SB, INDPTR, is_gated=True),
         "b has shape (3, 7, 256), but with is_gated its rows are two halves; 7 is odd.",
     ),
+    # the masked product with its groups last
+    "masked pair": (TypeError, lambda: last(L4[0]), "grouped_gemm_nt_masked: lhs is ndarray; pass (data, scales)."),
+    "masked half": (TypeError, lambda: last((L4[0], None)), "lhs is tuple; pass (data, scales)."),
+    "masked triple": (TypeError, lambda: last(rhs=(*R4, R4)), "rhs is 3 values; pass (data, scales)."),
+    "masked rank": (ValueError, lambda: last((L4[0][0], L4[1])), "lhs[0] has shape (64, 3); wanted [rows, k, groups]"),
+    "masked k": (ValueError, lambda: last((L4[0][:, :32], L4[1][:, :, :, :, :1])), "lhs[0] (6, 32, 3) and rhs[0] (8, 64, 3) differ in k"),
+    "masked groups": (ValueError, lambda: last(rhs=(R4[0][..., :2], R4[1][..., :2])), "differ in k or in groups; wanted [m, k, groups]"),
+    "masked tiles": (
+        ValueError,
+        lambda: last((L4[0], L4[1][:, :, :, :, :1])),
+        "lhs[1] has shape (32, 4, 1, 4, 1, 3), but lhs[0] is (6, 64, 3); wanted (32, 4, 1, 4, 2, 3), one scale for each 16 values.",
+    ),
+    "masked flat tiles": (ValueError, lambda: last(rhs=(R4[0], SFB[:, :, :4])), "rhs[1] has shape (3, 128, 4)"),
+    "masked scale dtype": (
+        TypeError,
+        lambda: last((L4[0], L4[1].astype(np.float32))),
+        "lhs[1] is float32; scales of lhs[0] are e4m3 codes",
+    ),
+    "masked dtype": (
+        TypeError,
+        lambda: last((groups_last(X128), L4[1][:, :, :, :, :1]), (groups_last(B8[:, :, :128]), R4[1][:, :, :, :, :1]), **MXFP8),
+        "lhs[0] is bfloat16, but e4m3 is stored as float8_e4m3fn",
+    ),
+    "masked ab_dtype": (
+        ValueError,
+        lambda: last(ab_dtype="int8"),
+        "ab_dtype is 'int8'; wanted 'float4_e2m1fn' or 'float8_e4m3fn' or 'float8_e5m2'.",
+    ),
+    "masked sf_dtype": (ValueError, lambda: last(sf_dtype="float32"), "sf_dtype is 'float32'; wanted 'float8_e4m3fn' or 'float8_e8m0fnu'."),
+    "masked vector": (ValueError, lambda: last(sf_vec_size=64), "sf_vec_size is 64; wanted 16 or 32."),
+    "masked kind": (
+        ValueError,
+        lambda: last(sf_vec_size=32),
+        "ab_dtype is float4_e2m1fn with sf_dtype float8_e4m3fn and sf_vec_size 32; wanted float4_e2m1fn with float8_e4m3fn, 16, ",
+    ),
+    "masked c_dtype": (
+        ValueError,
+        lambda: last(c_dtype="float8_e4m3fn"),
+        "out_dtype is float8_e4m3fn; results come as bfloat16, float16, float32.",
+    ),
+    "masked out": (ValueError, lambda: last(out=np.zeros((3, 6, 8), BF16)), "out has shape (3, 6, 8); wanted [m, n, groups], (6, 8, 3)."),
+    "masked out dtype": (
+        ValueError,
+        lambda: last(out=np.zeros((6, 8, 3), np.float32)),
+        "out is float32, but out_dtype is bfloat16; drop one",
+    ),
+    "masked alpha": (ValueError, lambda: last(alpha=np.ones(4, np.float32)), "alpha has shape (4,), but rhs[0]"),
+    "masked_m": (ValueError, lambda: last(masked_m=INDPTR), "masked_m has shape (4,), but rhs[0] holds 3 matrices; wanted (3,)."),
+    "masked fused": (ValueError, lambda: last(is_swap_ab=True), "is_swap_ab is True; this is not supported"),
+    "masked weights": (ValueError, lambda: last(topk_weights=P), "topk_weights is a ndarray; this is not supported"),
+    "masked unknown": (TypeError, lambda: last(tiler=1), "grouped_gemm_nt_masked() got an unexpected keyword argument 'tiler'"),
     # DeepGEMM's names
     "d missing": (
         TypeError,
@@ -838,6 +898,12 @@ ERRORS: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
 }
 
 
+def last(lhs: Any = None, rhs: Any = None, out: Any = None, masked_m: Any = None, **how: Any) -> Any:
+    """grouped_gemm_nt_masked of nvfp4 operands, some of them replaced."""
+    lhs, rhs, masked_m = L4 if lhs is None else lhs, R4 if rhs is None else rhs, INDPTR[:3] if masked_m is None else masked_m
+    return cugemm.grouped_gemm_nt_masked(lhs, rhs, out, masked_m, **{"c_dtype": "bfloat16", **NVFP4, **how})
+
+
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(name: str) -> None:
     kind, call, text = ERRORS[name]
@@ -846,6 +912,44 @@ def test_errors(name: str) -> None:
         call()
     assert type(caught.value) is kind and launch.launches == before
     assert "array([" not in str(caught.value), "messages show no values"
+
+
+def test_masked_takes_what_the_grouped_quantisers_return() -> None:
+    """... and plans the product that `grouped_matmul` plans of the same arrays in their own axes, without a copy."""
+    rng = np.random.default_rng(8)
+    x, w = rng.standard_normal((3, 40, 96)).astype(BF16), rng.standard_normal((3, 24, 96)).astype(BF16)
+    counts, used = np.array([40, 0, 7], np.int32), np.array([24, 24, 24], np.int32)
+    for quantise, kind in ((cugemm.scaled_fp4_grouped_quantize, "nvfp4"), (cugemm.mxfp8_grouped_quantize, "mxfp8")):
+        scale = (np.full(3, 16, np.float32),) if kind == "nvfp4" else ()
+        a, b = quantise(x, counts, *scale), quantise(w, used, *scale)
+        names = dict(zip(("ab_dtype", "sf_dtype", "sf_vec_size"), MASKED_KINDS[kind], strict=True))
+        alpha = np.full(3, 2.0**-8, np.float32) if scale else None
+        y = cugemm.grouped_gemm_nt_masked(a, b, None, counts, c_dtype="float32", alpha=alpha, **names)
+        assert y.shape == (40, 24, 3)
+        copied = (a[0], np.ascontiguousarray(a[1])), (b[0], np.asfortranarray(b[1]))
+        again = cugemm.grouped_gemm_nt_masked(*copied, None, counts, c_dtype="float32", alpha=alpha, **names)
+        oracles.check_bits(np.ascontiguousarray(again), np.ascontiguousarray(y), "scales in another order of memory")
+        own = [(np.moveaxis(data, 2, 0), np.moveaxis(tiles, (5, 2, 4), (0, 1, 2)).reshape(3, 128, -1)) for data, tiles in (a, b)]
+        qa, qb = (
+            Quantized(data, tiles, kind, scale_layout="128x4", tensor_scale=t) for (data, tiles), t in zip(own, (None, alpha), strict=True)
+        )
+        oracles.check_bits(np.ascontiguousarray(np.moveaxis(y, 2, 0)), cugemm.grouped_matmul(qa, qb, counts=counts, out_dtype="float32"))
+        exact = np.einsum("gmk,gnk->gmn", x.astype(float), w.astype(float)) * (np.arange(40) < counts[:, None])[..., None]
+        assert np.abs(np.moveaxis(y, 2, 0) - exact).max() < (8 if kind == "nvfp4" else 3)
+
+        given = [
+            tuple(Spec(part.shape, str(part.dtype), strides=[n // part.itemsize for n in part.strides]) for part in pair) for pair in (a, b)
+        ]
+        mine, counted = (None if alpha is None else spec(3, dtype="float32")), spec(3, dtype=I32)
+        with launch.recording() as calls:
+            cugemm.grouped_gemm_nt_masked(*given, None, counted, c_dtype="float32", alpha=mine, **names)
+            qs = (
+                Quantized(*(Spec(x.shape, str(x.dtype)) for x in pair), kind, scale_layout="128x4", tensor_scale=t)
+                for pair, t in zip(own, (None, mine), strict=True)
+            )
+            cugemm.grouped_matmul(*qs, counts=counted, out_dtype="float32")
+        first, second = (recorded.call for recorded in calls)
+        assert first == second
 
 
 def test_deepgemm_refuses_jax() -> None:

@@ -55,7 +55,8 @@ def mm_fp8(
 
     >>> out = cugemm.mm_fp8(a, w.T, a_scale=sa, b_scale=sb)
     """
-    panels = type(b) is not Quantized and len(shape_of("mm_fp8", "b", b)) == 3
+    rank = getattr(b, "ndim", None)  # costs less than the shape
+    panels = type(b) is not Quantized and (len(shape_of("mm_fp8", "b", b)) if rank is None else rank) == 3
     layout = {"b_axes": "pnk", "b_scale_axes": "kn"} if panels else {}
     options = gemm_options(_MM_FP8, out_dtype, backend, ("trtllm_low_latency",), accumulate, **layout)
     return product(_MM_FP8, a, b, options, a_scale=a_scale, b_scale=b_scale, alpha=alpha, bias=bias, out=out)
