@@ -1078,6 +1078,37 @@ CASES = [
         ("linear: ", "x (4, 64) has k = 64", "w (16, 32) has k = 32"),
         lambda: (linear, numpy(*A), numpy(16, 32), {"activations": "fp8_row"}),
     ),
+    # What the second step refuses, before the first one runs.
+    Case(
+        "linear-activations-bias",
+        V,
+        ("linear: ", "bias has shape (15,)", "n = 16", "(16,)"),
+        lambda: (linear, numpy(*A), numpy(16, 64), numpy(15), {"activations": "fp8_row"}),
+    ),
+    Case(
+        "linear-activations-dtype",
+        T,
+        ("linear: quantize: ", "x is int32", "bfloat16, float16, float32"),
+        lambda: (linear, numpy(*A, dtype="int32"), numpy(16, 64), {"activations": "fp8_row"}),
+    ),
+    Case(
+        "linear-activations-out",
+        V,
+        ("linear: ", "out has shape (4, 15)", "(4, 16)"),
+        lambda: (linear, numpy(*A), numpy(16, 64), {"activations": "nvfp4", "out": poisoned(4, 15)}),
+    ),
+    Case(
+        "bmm_fp8-cast-out",
+        V,
+        ("bmm_fp8: ", "out has shape (4, 15)", "(4, 16)"),
+        lambda: (bmm_fp8, numpy(*A, dtype=FP16), numpy(64, 16, dtype=FP16), 1.0, {"out": poisoned(4, 15, dtype=FP16)}),
+    ),
+    Case(
+        "blockscale-quantised-scale",
+        V,
+        ("fp8_blockscale_gemm_sm90: ", "weight_scale has shape (3, 1)", "weight is (256, 64)", "(2, 1)"),
+        lambda: (cugemm.fp8_blockscale_gemm_sm90, numpy(*A), numpy(256, 64, dtype=E4M3), None, numpy(3, 1, dtype=F32)),
+    ),
 ]
 
 

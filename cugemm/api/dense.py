@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 from cugemm.api.common import dtype_of, gemm_options, is_float16, product, same_k, shape_of
 from cugemm.api.quantize import quantize
-from cugemm.api.rehearsal import alike, check_out, reshaped, spec_of
+from cugemm.api.rehearsal import alike, check_out, rehearse, reshaped, spec_of
 from cugemm.arrays import SPEC, framework_of
 from cugemm.formats import FORMATS, INT4X2, INT8, UINT4X2
-from cugemm.problem import FLOATS4, FLOATS8, FLOATS16
+from cugemm.problem import FLOATS4, FLOATS8, FLOATS16, GemmOptions
 from cugemm.problem import product as register
 from cugemm.quantized import Quantized
 
@@ -76,11 +77,17 @@ def linear(
         if type(x) is Quantized:
             raise TypeError("linear: x is a Quantized already; drop activations.")
         same_k(_LINEAR, x, w, -1)
-        check_out("linear", {"x": x, "w": w, "bias": bias, "out": out})  # the product will not see x
         if options.out_dtype is None and out is None and is_float16(x):
             options = options._replace(out_dtype=dtype_of(x))
-        x = quantize(x, activations)
-        w, bias, out = alike(x, w, bias, out)
+        body = functools.partial(_quantised_linear, options, activations)
+        rehearse("linear", (options, activations), body, x, w, bias, out)
+        return body(x, w, bias, out)
+    return product(_LINEAR, x, w, options, bias=bias, out=out)
+
+
+def _quantised_linear(options: GemmOptions, activations: str, x: Any, w: Any, bias: Any, out: Any) -> Any:
+    x = quantize(x, activations)
+    w, bias, out = alike(x, w, bias, out)
     return product(_LINEAR, x, w, options, bias=bias, out=out)
 
 

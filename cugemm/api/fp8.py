@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from cugemm.api.common import GRANULARITIES, choice, dtype_of, gemm_options, is_float16, product, same_k, shape_of
 from cugemm.api.quantize import cast_e4m3, quantize
-from cugemm.api.rehearsal import alike
+from cugemm.api.rehearsal import alike, rehearse
 from cugemm.arrays import Spec
 from cugemm.formats import E4M3, E5M2
-from cugemm.problem import FLOATS8, FLOATS16, GemmOp
+from cugemm.problem import FLOATS8, FLOATS16, GemmOp, GemmOptions
 from cugemm.problem import product as register
 from cugemm.quantized import Quantized
 
@@ -117,13 +118,19 @@ def bmm_fp8(
         if not is_float16(A):
             raise TypeError("bmm_fp8: B_scale is missing; with fp8 A pass both scales, bmm_fp8(A, B, A_scale, B_scale, dtype).")
         A_scale, B_scale = None, A_scale
+    options = gemm_options(_BMM_FP8, dtype, backend, _FP8_BACKENDS, accumulate)
     if is_float16(B):
         same_k(_BMM_FP8, A, B, -2)
-        B = cast_e4m3(B)
-        A, A_scale, B_scale, out = alike(B, A, A_scale, B_scale, out)
-    return product(
-        _BMM_FP8, A, B, gemm_options(_BMM_FP8, dtype, backend, _FP8_BACKENDS, accumulate), a_scale=A_scale, b_scale=B_scale, out=out
-    )
+        arrays, body = (A, B, A_scale, B_scale, out), functools.partial(_cast_first, options)
+        rehearse("bmm_fp8", options, body, *arrays)
+        return body(*arrays)
+    return product(_BMM_FP8, A, B, options, a_scale=A_scale, b_scale=B_scale, out=out)
+
+
+def _cast_first(options: GemmOptions, A: Any, B: Any, A_scale: Any, B_scale: Any, out: Any) -> Any:
+    B = cast_e4m3(B)
+    A, A_scale, B_scale, out = alike(B, A, A_scale, B_scale, out)
+    return product(_BMM_FP8, A, B, options, a_scale=A_scale, b_scale=B_scale, out=out)
 
 
 def gemm_fp8_nt_groupwise(
@@ -230,17 +237,27 @@ def fp8_blockscale_gemm_sm90(
             f"{name}: input is {_shown(input)} and weight is {_shown(weight)}; "
             "quantise the weight too (cugemm.quantize(weight, 'fp8_block'))."
         )
-    operands = []
-    for role, x, scale, fmt in (("input", input, input_scale, "fp8_group"), ("weight", weight, weight_scale, "fp8_block")):
+    for role, x, scale in (("input", input, input_scale), ("weight", weight, weight_scale)):
         if is_float16(x):
             if scale is not None:
                 raise ValueError(f"{name}: {role} is {_shown(x)} and is quantised here, so {role}_scale must be None.")
         elif scale is None and type(x) is not Quantized:
             raise ValueError(f"{name}: {role} is {_shown(x)}, so {role}_scale is needed: float32, one scale per 128 values along k.")
-        operands.append(quantize(x, fmt) if is_float16(x) else x)
     options = gemm_options(_BLOCKSCALE_SM90, out_dtype, accumulate="promoted", b_axes="nk")
-    a, b, input_scale, weight_scale, out = alike(operands[0], *operands, input_scale, weight_scale, out)
-    return product(_BLOCKSCALE_SM90, a, b, options, a_scale=input_scale, b_scale=weight_scale, out=out)
+    arrays = (input, weight, input_scale, weight_scale, out)
+    body = functools.partial(_blockscale, options)
+    if is_float16(input):
+        rehearse(name, options, body, *arrays)
+    return body(*arrays)
+
+
+def _blockscale(options: GemmOptions, input: Any, weight: Any, input_scale: Any, weight_scale: Any, out: Any) -> Any:
+    if is_float16(input):
+        input = quantize(input, "fp8_group")
+    if is_float16(weight):
+        weight = quantize(weight, "fp8_block")
+    input, weight, input_scale, weight_scale, out = alike(input, input, weight, input_scale, weight_scale, out)
+    return product(_BLOCKSCALE_SM90, input, weight, options, a_scale=input_scale, b_scale=weight_scale, out=out)
 
 
 def _shown(x: Any) -> str:

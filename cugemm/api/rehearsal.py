@@ -50,8 +50,13 @@ def rehearse(name: str, options: Hashable, body: Callable[..., Any], *arrays: An
     for role, framework in present.items():
         if owner is not None and not isinstance(framework, Jax):
             raise TypeError(f"{name}: {role} is a {framework.name} array, but {owner} is a JAX array; convert one of them.")
-    with recording():
-        body(*(spec_of(x) if owner is not None else x for x in arrays))
+    try:
+        with recording():
+            body(*(spec_of(x) if owner is not None else x for x in arrays))
+    except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError) or str(error).startswith(name):
+            raise
+        raise type(error)(f"{name}: {error}") from None  # an inner step's, under its own name
     if len(_SEEN) >= _MOST:
         _SEEN.clear()
     if key:
