@@ -11,7 +11,8 @@ import functools
 import math
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -53,10 +54,22 @@ class Spec:
     """Stands for an array in `plan`, `explain` and `warmup`: a shape, a dtype name or object, and where it would live."""
 
     def __init__(self, shape: Sequence[int], dtype: Any, *, strides: Sequence[int] | None = None, device: int = 0) -> None:
-        self.shape = tuple(int(n) for n in shape)
-        self.dtype = dtype_name(dtype)
-        self.strides = dense_strides(self.shape) if strides is None else tuple(int(s) for s in strides)
-        self.device = device
+        for role, sizes in (("shape", shape), ("strides", () if strides is None else strides)):
+            if isinstance(sizes, str) or not isinstance(sizes, Iterable) or not all(isinstance(n, Integral) for n in sizes):
+                raise TypeError(f"Spec: {role} is {sizes!r}; pass ints, one for each axis.")
+        if isinstance(device, bool) or not isinstance(device, Integral) or device < HOST:
+            raise TypeError(f"Spec: device is {device!r}; pass the number of a GPU, or {HOST} for the host.")
+        try:
+            name = dtype_name("" if dtype is None else dtype)
+            itemsize(name)
+        except TypeError:
+            raise TypeError(
+                f"Spec: {dtype!r} is not a dtype; pass a name such as 'bfloat16' or a NumPy, ml_dtypes or torch dtype."
+            ) from None
+        self.shape: tuple[int, ...] = tuple(int(n) for n in shape)
+        self.dtype: str = name
+        self.strides: tuple[int, ...] = dense_strides(self.shape) if strides is None else tuple(int(s) for s in strides)
+        self.device: int = int(device)
         if any(n < 0 for n in self.shape):
             raise ValueError(f"Spec: shape {self.shape} has a negative size; pass sizes of 0 and more.")
         if len(self.strides) != len(self.shape):
@@ -85,6 +98,12 @@ def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def _extended(name: str) -> type[np.generic] | None:
+    """The scalar type that ml_dtypes adds under this name."""
+    found = getattr(ml_dtypes, name, None)
+    return found if isinstance(found, type) and issubclass(found, np.generic) else None
+
+
 _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {"float4_e2m1fn_x2": np.dtype(np.uint8)}
 
 
@@ -92,7 +111,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy / ml_dtypes dtype of a dtype name."""
     found = _NUMPY_DTYPES.get(name)
     if found is None:
-        scalar = getattr(ml_dtypes, name, None)
+        scalar = _extended(name)
         found = _NUMPY_DTYPES[name] = np.dtype(name if scalar is None else scalar)
     return found
 
@@ -108,12 +127,12 @@ def dtype_name(dtype: Any) -> str:
         return str(dtype).removeprefix("torch.")
     if isinstance(dtype, str):
         name = dtype.removeprefix("torch.")
-        if hasattr(ml_dtypes, name) or name in _NUMPY_DTYPES:
+        if _extended(name) is not None or name in _NUMPY_DTYPES:
             return name
     if isinstance(dtype, type) or not hasattr(dtype, "__array__"):
         try:
             return str(np.dtype(dtype).name)
-        except TypeError:
+        except (TypeError, ValueError):
             pass
     shown = f"{type(dtype).__name__} array" if hasattr(dtype, "shape") and not isinstance(dtype, type) else repr(dtype)
     raise TypeError(f"{shown} is not a dtype; pass a name such as 'bfloat16' or a NumPy, ml_dtypes or torch dtype.")

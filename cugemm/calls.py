@@ -99,7 +99,9 @@ CALLS = {
 """A call of every public operation: what `explain` plans where it is not told otherwise. Arguments as `value` reads them."""
 
 _METHODS: dict[str, Callable[..., Any]] = {
-    "QuantizedLinear": lambda x, weight, **more: cugemm.QuantizedLinear(weight)(x, **more),
+    "QuantizedLinear": lambda x, weight, bias=None, format="fp8_row", activations=None, **more: cugemm.QuantizedLinear(
+        weight, bias, format=format, activations=activations
+    )(x, **more),
     "SegmentGEMMWrapper": lambda x, weights, **more: cugemm.SegmentGEMMWrapper().run(x, weights, **more),
 }
 """How to call what is no function."""
@@ -118,30 +120,37 @@ def operand(text: str, device: int = HOST, sizes: Mapping[str, int] = SIZES) -> 
     try:
         shape = tuple(_size(part, sizes) for part in shape_text.split("x"))
         found = _stand_in(name, shape, device)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        why = str(error).removeprefix("Spec: ").removesuffix(".")
         raise ValueError(
-            f"operand {text!r}: {error}; write dtype:shape or format:shape, like bfloat16:16x4096 or fp8_row:11008x4096."
+            f"operand {text!r}: {why}; write dtype:shape or format:shape, like bfloat16:16x4096 or fp8_row:11008x4096."
         ) from None
     for word in words:
-        if word not in _WORDS or (word in ("data", "scale", "pair") and type(found) is not Quantized):
+        kinds, change = _WORDS.get(word, ((), None))
+        if change is None or type(found) not in kinds:
             raise ValueError(
                 f"operand {text!r} has {word!r}; only T (transposed), flat, last, and of a format data, scale, pair can stand there."
             )
         try:
-            found = _WORDS[word](found)
+            found = change(found)
         except IndexError:
             raise ValueError(f"operand {text!r} has {word!r}, which needs more axes.") from None
     return found
 
 
-_WORDS: dict[str, Callable[[Any], Any]] = {
-    "T": lambda x: x.T if type(x) is Quantized else swapped_axes(x, (-1, -2)),
-    "data": lambda q: q.data,
-    "scale": lambda q: q.scale,
-    "pair": lambda q: (q.data, q.scale),
-    "flat": lambda x: shaped(x, (-1,)),
-    "last": lambda x: (_WORDS["last"](x[0]), *x[1:]) if isinstance(x, tuple) else swapped_axes(x, (1, 2), (0, 2)),
+def _last(x: Any) -> Any:
+    return (_last(x[0]), *x[1:]) if isinstance(x, tuple) else swapped_axes(x, (1, 2), (0, 2))
+
+
+_WORDS: dict[str, tuple[tuple[type, ...], Callable[[Any], Any]]] = {
+    "T": ((Spec, Quantized), lambda x: x.T if type(x) is Quantized else swapped_axes(x, (-1, -2))),
+    "data": ((Quantized,), lambda q: q.data),
+    "scale": ((Quantized,), lambda q: q.scale),
+    "pair": ((Quantized,), lambda q: (q.data, q.scale)),
+    "flat": ((Spec,), lambda x: shaped(x, (-1,))),
+    "last": ((Spec, tuple), _last),
 }
+"""Of each word: what it goes with, and what it does."""
 
 
 def _size(text: str, sizes: Mapping[str, int]) -> int:
@@ -158,7 +167,9 @@ def _size(text: str, sizes: Mapping[str, int]) -> int:
 
 
 def _stand_in(name: str, shape: tuple[int, ...], device: int) -> Spec | Quantized:
-    name, _, layout = name.partition("@")
+    name, at, layout = name.partition("@")
+    if at and (name not in FORMATS or not layout):
+        raise ValueError(f"{at}{layout} says how the scales of a format lie, as in nvfp4@128x4")
     if name not in FORMATS:
         return Spec(shape, ELEMENTS[name].dtype if name in ELEMENTS else name, device=device)
     with launch.recording():

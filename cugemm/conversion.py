@@ -323,7 +323,7 @@ class QuantizeOp(NamedTuple):
         allowed = ("float32",) if fmt.scale is FP32 else ("uint8", fmt.scale.dtype)
         if not isinstance(scale, View) or scale.dtype not in allowed:
             shown = scale.dtype if isinstance(scale, View) else type(scale).__name__
-            raise self.wrong_type(f"scale is {shown}; wanted a {' or '.join(allowed)} array.")
+            raise self.wrong_type(f"{self.roles[SCALE]} is {shown}; wanted a {' or '.join(allowed)} array.")
         if fmt.scale is FP32:
             wanted = (*linear[:-2], linear[-1], linear[-2]) if options.scale_axes == "km" else linear
             fits = scale.shape == wanted
@@ -337,8 +337,9 @@ class QuantizeOp(NamedTuple):
         if not fits:
             how = "" if options.scale_layout == "linear" else f" (in {options.scale_layout} tiles)"
             stored = (*shape[:-1], shape[-1] // fmt.element.per_byte)
-            raise self.error(f"scale has shape {scale.shape}, but {fmt.name} of data {stored} has scales of shape {wanted}{how}.")
-        self.contiguous("scale", scale)
+            role, of = self.roles[SCALE], self.roles[DATA]
+            raise self.error(f"{role} has shape {scale.shape}, but {fmt.name} of {of} {stored} has scales of shape {wanted}{how}.")
+        self.contiguous(self.roles[SCALE], scale)
 
     def contiguous(self, role: str, view: View) -> None:
         own = [s for s, n in zip(view.strides, view.shape, strict=True) if n != 1]

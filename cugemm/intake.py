@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from cugemm.arrays import HOST, Cupy, Dlpack, Framework, Jax, Numpy, View, framework_of, is_scalar, share_bytes
+from cugemm.arrays import HOST, Cupy, Dlpack, Framework, Jax, Numpy, View, framework_of, is_scalar, itemsize, share_bytes
 from cugemm.formats import FP32
 from cugemm.problem import Argument
 
@@ -48,6 +48,10 @@ def take(op: Op, arrays: tuple[Any, ...]) -> Intake:
             capsules.append(capsule)
         else:
             view = framework.view(x, f"{op.name}: {role}")
+        try:
+            itemsize(view.dtype)
+        except TypeError:
+            raise TypeError(f"{op.name}: {role} is an array of {view.dtype}; pass one of numbers.") from None
         if any(s < 0 for s in view.strides):
             raise ValueError(f"{op.name}: {role} has negative strides {view.strides}; pass a copy (for example np.ascontiguousarray).")
         if first is None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from cugemm import launch
-from cugemm.arrays import HOST, Spec, framework_of, is_scalar
+from cugemm.arrays import HOST, SPEC, Spec, framework_of, is_scalar
 from cugemm.catalog import Step
 from cugemm.launch import Recorded
 from cugemm.problem import A_SCALE, A_TENSOR, B_SCALE, B_TENSOR, ZERO, B, GemmCall, bucket
@@ -78,16 +79,17 @@ def warmup(fn: Callable[..., Any], *args: Any, m: int | Iterable[int] | None = N
 
     >>> cugemm.warmup(cugemm.mm_bf16, x, w.T, m=range(1, 257))
     """
-    sizes = () if m is None else (m,) if isinstance(m, int) else tuple(m) if isinstance(m, Iterable) else None
-    if sizes is None or any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise TypeError(f"warmup: m is {m!r}; pass a positive int or several of them.")
+    sizes = () if m is None else (m,) if isinstance(m, Integral) else tuple(m) if isinstance(m, Iterable) else None
+    if sizes is None or any(not isinstance(size, Integral) or isinstance(size, bool) or size < 1 for size in sizes):
+        shown = repr(m) if isinstance(m, (int, float, str)) else f"a {type(m).__name__}"
+        raise TypeError(f"warmup: m is {shown}; pass a positive int or several of them.")
     for recorded in _record("warmup", fn, args, kwargs):
         if recorded.device == HOST:
             continue
         calls = {recorded.call.problem: recorded.call}
         if isinstance(recorded.call, GemmCall):
             for size in sizes:
-                problem = recorded.call.problem._replace(m=bucket(size))
+                problem = recorded.call.problem._replace(m=bucket(int(size)))
                 calls.setdefault(problem, recorded.call._replace(problem=problem, m=problem.m))
         for call in calls.values():
             choice = launch.choose(call, recorded.device)
@@ -137,31 +139,42 @@ def plan(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
 
 
 class _Look(NamedTuple):
-    """What a plan depends on. Device: ordinal, HOST, or None for a stand-in that says nothing of it (meta tensors)."""
+    """What a plan depends on. Device: ordinal, HOST, or None for a stand-in that says nothing of it (meta tensors).
+
+    framework: the name of it, or empty for a stand-in of any.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     strides: tuple[int, ...]
     device: int | None
+    framework: str
 
     def fits(self, other: Any) -> bool:
-        return isinstance(other, _Look) and self[:3] == other[:3] and (self.device is None or self.device == other.device)
+        alike = isinstance(other, _Look) and self[:3] == other[:3] and self.framework in ("", other.framework)
+        return alike and (self.device is None or self.device == other.device)
 
     def __str__(self) -> str:
         where = "no device" if self.device is None else "the host" if self.device == HOST else f"cuda:{self.device}"
-        return f"{self.dtype}{list(self.shape)} with strides {self.strides} on {where}"
+        whose = f" of {self.framework}" if self.framework else ""
+        return f"{self.dtype}{list(self.shape)} with strides {self.strides} on {where}{whose}"
 
 
 def _look(x: Any) -> Any:
-    """_Look of an array, tuple of them for a Quantized, type of anything else."""
+    """_Look of an array, tuple of them for a Quantized or a pair; options as they are, numbers as their types."""
     if type(x) is Quantized:
         return (x.format.name, x.k_axis, x.scale_layout, *(_look(part) for part in (x.data, x.scale, x.tensor_scale, x.zero)))
-    if x is None or is_scalar(x) or not (hasattr(x, "shape") or hasattr(x, "__dlpack__")):
+    if isinstance(x, (tuple, list)):
+        return tuple(part if isinstance(part, int) else _look(part) for part in x)
+    if x is None or isinstance(x, (str, bool)):
+        return x
+    if is_scalar(x) or not (hasattr(x, "shape") or hasattr(x, "__dlpack__")):
         return type(x)
     framework = framework_of(x, "plan: argument")
     view = framework.view(x, "plan: argument")
     meta = framework.abstract(x) and not isinstance(x, Spec) and view.device == HOST
-    return _Look(view.shape, view.dtype, view.strides, None if meta else view.device)
+    stand_in = framework.name == SPEC.name or meta
+    return _Look(view.shape, view.dtype, view.strides, None if meta else view.device, "" if stand_in else framework.name)
 
 
 def _fits(wanted: Any, look: Any) -> bool:

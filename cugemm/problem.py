@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from cugemm.arrays import View, dense_strides, itemsize
 from cugemm.formats import BF16, BY_DTYPE, E2M1, E2M1X2, E4M3, E5M2, ELEMENTS, FORMATS, FP16, INT4X2, INT8, LAYOUTS, UINT4X2, Element
-from cugemm.scales import BYTE_SCALES, SCALE_DTYPES, Covered, Scale, read_bytes, read_float, read_tensor, read_zero
+from cugemm.scales import BYTE_SCALES, SCALE_DTYPES, Covered, Scale, read_bytes, read_float, read_tensor, read_zero, rows_held
 
 Argument = View | float | None
 ArraySpec = tuple[tuple[int, ...], str]
@@ -171,6 +171,8 @@ class GemmOp(NamedTuple):
     ranks: tuple[int, ...] = (2,)
     blocks: tuple[tuple[int, int], ...] = ((1, 128), (128, 128))
     bias_2d: bool = False
+    every_group: bool = False
+    out_dtype_role: str = "out_dtype"
 
     # -- helpers ---------------------------------------------------------------------------------------------------------------
 
@@ -341,6 +343,8 @@ class GemmOp(NamedTuple):
         if rows.startswith("pad"):
             pad = int(rows[3:])
             covered = covered._replace(rows=(covered.rows + segments * (pad - 1)) // pad * pad)
+            if element in BYTE_SCALES:
+                covered = covered._replace(rows=max(covered.rows, rows_held(view, covered.k, element)))
         if element in BYTE_SCALES:
             layout = options.a_scale_layout if own else options.b_scale_layout
             return read_bytes(view, covered, element, layout, rows, self.error, self.wrong_type)
@@ -415,6 +419,10 @@ class GemmOp(NamedTuple):
         if count < 0:
             raise self.error(f"{self.roles[SEGMENTS]} is empty; an indptr has one element more than there are segments.")
         chosen = self.vector_of(views[EXPERTS], EXPERTS, optional=True)
+        if self.every_group and count != experts:
+            raise self.error(
+                f"{self.roles[SEGMENTS]} has shape {said.shape}, but {self.roles[B]} holds {experts} matrices; wanted ({experts + 1},)."
+            )
         if chosen is None and count > experts:
             raise self.error(
                 f"{self.roles[SEGMENTS]} names {count} segments, but {self.roles[B]} holds {experts} matrices; pass {self.roles[EXPERTS]}."
@@ -442,12 +450,12 @@ class GemmOp(NamedTuple):
         asked = options.out_dtype
         if isinstance(out, View):
             if asked is not None and asked != out.dtype:
-                raise self.error(f"out is {out.dtype}, but out_dtype is {asked}; drop one of them.")
+                raise self.error(f"out is {out.dtype}, but {self.out_dtype_role} is {asked}; make them agree, or drop one.")
             asked = out.dtype
         if asked is None:
             asked = a_element.dtype if a_element.name in FLOATS16 else BF16.dtype
         if asked not in OUT_DTYPES:
-            name = "out" if isinstance(out, View) else "out_dtype"
+            name = "out" if isinstance(out, View) else self.out_dtype_role
             raise self.error(f"{name} is {asked}; results come as {', '.join(OUT_DTYPES)}.")
         return asked
 
@@ -510,9 +518,18 @@ def product(
     ranks: tuple[int, ...] = (2,),
     called: Mapping[str, str] | None = None,
     bias_2d: bool = False,
+    every_group: bool = False,
 ) -> GemmOp:
-    """Register a product; `called` renames its arguments for messages ({"b": "weight"}); `bias_2d`: the bias may be [m, n]."""
-    op = GemmOp(name, tuple((called or {}).get(role, role) for role in ROLES), a_elements, b_elements, ranks, bias_2d=bias_2d)
+    """Register a product; `called` renames its arguments for messages ({"b": "weight"}); `bias_2d`: the bias may be [m, n].
+
+    every_group: an indptr has one segment for each matrix of b, not fewer.
+    """
+    called = called or {}
+    roles = tuple(called.get(role, role) for role in ROLES)
+    op = GemmOp(
+        name, roles, a_elements, b_elements, ranks,
+        bias_2d=bias_2d, every_group=every_group, out_dtype_role=called.get("out_dtype", "out_dtype"),
+    )  # fmt: skip
     OPS[name] = op
     return op
 

@@ -139,6 +139,13 @@ def read_bytes(view: View, covered: Covered, element: str, layout: str, rows: st
     )
 
 
+def rows_held(view: View, k: int, element: str) -> int:
+    """Rows of an array of byte scales, row-major or in 128x4 tiles in whatever shape."""
+    if len(view.shape) == 2:
+        return view.shape[0]
+    return view.size // max(padded(1, ceil_div(k, _BYTE_BLOCKS[element][1]), "128x4")[1], 1)
+
+
 def read_tensor(view: View, covered: Covered, refuse: Refuse, wrong: Refuse) -> Scale:
     """The second, float scale: one element, one per matrix ([batch] of a 3-D operand), or one per row."""
     if view.dtype not in SCALE_DTYPES:
@@ -187,16 +194,18 @@ def tiled_step(view: View, rows: int, blocks: int, count: int, layout: str, flat
     """Bytes from the tiles of one of `count` matrices [rows, blocks] to the next, 0 where all share them; None if that is not what it is.
 
     `flat`: one set of tiles over the rows of all matrices. The last two axes may be a transposed view, as FlashInfer passes `b_sf.T`, but
-    not a transposed copy, whose bytes lie otherwise. What could be flat as well as one set for each matrix is neither, unless both are the
-    same bytes: a shape that begins with `count` says the second.
+    not a transposed copy, nor a column-major one, whose bytes lie otherwise. What could be flat as well as one set for each matrix is
+    neither, unless both are the same bytes: a shape that begins with `count` says the second.
     """
     high, wide = padded(rows * count, blocks, layout) if flat else padded(rows, blocks, layout)
     each, several, whole = high * wide, count > 1, rows % TILE_ROWS[layout] == 0
     if view.size == 0:
         return each if each * (1 if flat else count) == 0 else None
     row_major = view.strides == dense_strides(view.shape)
-    if len(view.shape) >= 2 and view.shape[-2:] == (wide, high) != (high, wide) and min(high, wide) > 1 and row_major:
-        return None
+    if len(view.shape) >= 2 and min(high, wide) > 1 and high != wide:
+        column_major = view.strides[-2] < view.strides[-1]
+        if (view.shape[-2:] == (wide, high) and row_major) or (view.shape[-2:] == (high, wide) and column_major):
+            return None
     begins = len(view.shape) >= 2 and view.shape[0] == count
     if flat or not several:
         wrong = flat and several and begins and not whole

@@ -23,8 +23,8 @@ from cugemm.api.block_quantize import (
     silu_and_mul_nvfp4_quantize,
 )
 from cugemm.api.group_quantize import mxfp8_grouped_quantize, per_token_group_quant_8bit, scaled_fp4_grouped_quantize
-from cugemm.api.quantize import INTERLEAVE, dequantize, quantize
-from cugemm.api.shuffle import block_scale_interleave, nvfp4_block_scale_interleave, shuffle_matrix_a, shuffle_matrix_sf_a
+from cugemm.api.quantize import dequantize, quantize
+from cugemm.api.shuffle import INTERLEAVE, block_scale_interleave, nvfp4_block_scale_interleave, shuffle_matrix_a, shuffle_matrix_sf_a
 from cugemm.arrays import Spec
 from cugemm.conversion import QuantizeOptions
 from cugemm.formats import FORMATS

@@ -534,6 +534,39 @@ def test_plan_sees_all_of_a_quantized() -> None:
         plan(x, Quantized(one.data, one.scale, "nvfp4"))  # no tensor scale
 
 
+def test_plan_sees_pairs_options_and_frameworks() -> None:
+    a, b = (cugemm.quantize(normal(seed, 8, 256), name) for seed, name in ((52, "fp8_group"), (53, "fp8_block")))
+    longer = [cugemm.quantize(normal(seed, 8, 512), name) for seed, name in ((54, "fp8_group"), (55, "fp8_block"))]
+    d = np.zeros((8, 8), ml_dtypes.bfloat16)
+    plan = cugemm.plan(cugemm.fp8_gemm_nt, (a.data, a.scale), (b.data, b.scale), d)
+    plan((a.data, a.scale), (b.data, b.scale), d)
+    oracles.check_bits(d, cugemm.linear(a, b))
+    with pytest.raises(ValueError, match="argument 0"):
+        plan(*((q.data, q.scale) for q in longer), d)
+    x = normal(56, 4, 64)
+    with pytest.raises(ValueError, match="argument 1"):
+        cugemm.plan(cugemm.quantize, x, "fp8_row")(x, "nvfp4")
+    plan = cugemm.plan(cugemm.linear, x, x)
+    with pytest.raises(ValueError, match=r"argument 0 is .* of PyTorch; the plan was made for .* of NumPy"):
+        plan(torch.zeros(4, 64, dtype=torch.bfloat16), x)
+    stand_in = cugemm.plan(cugemm.linear, cugemm.Spec((4, 64), "bfloat16", device=-1), cugemm.Spec((4, 64), "bfloat16", device=-1))
+    oracles.check_bits(stand_in(x, x), cugemm.linear(x, x))
+
+
+def test_a_number_is_checked_in_every_call() -> None:
+    """... not just in the first one of its kind, whose checks are remembered."""
+    given = {
+        "weight_fp4": np.zeros((32, 32), np.uint8), "weight_sf": np.zeros((128, 4), np.uint8), "alpha": 1.0,
+        "pre_quant_scale": normal(57, 1, 64)[0], "l2t_smoothed": normal(58, 64, 8), "l1_scaled": normal(59, 32, 8),
+    }  # fmt: skip
+    x = normal(60, 4, 64)
+    cugemm.svdquant_linear(x, **given, global_scale=1.0)
+    launched = launch.launches
+    with pytest.raises(ValueError, match=r"^svdquant_linear: global_scale is a number outside float32"):
+        cugemm.svdquant_linear(x, **given, global_scale=1e300)
+    assert launch.launches == launched
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------------------
 
 V, T = ValueError, TypeError

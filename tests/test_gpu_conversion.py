@@ -18,7 +18,8 @@ from gpu_arrays import LAYOUTS, planned
 import cugemm
 from cugemm import launch
 from cugemm import quantize_reference as reference
-from cugemm.api.quantize import DEQUANTIZE, INTERLEAVE, QUANTIZE
+from cugemm.api.quantize import DEQUANTIZE, QUANTIZE
+from cugemm.api.shuffle import INTERLEAVE
 from cugemm.conversion import QuantizeOptions
 from cugemm.formats import FORMATS, Format
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from conftest import ROOT
 from grouped_cases import ENTRIES, MASKED_KINDS, MATMULS, PAIRS, Framework, groups_last, tiles_last
 from oracles import Array
+from test_dlpack import Hidden
 
 import cugemm
 from cugemm import Quantized, Spec, launch
@@ -742,7 +744,17 @@ ERRORS: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "alpha": (
         ValueError,
         lambda: nv4(U8A, U8B, *SF16, INDPTR, np.ones(4, np.float32)),
-        "alpha has shape (4,), but b is (3, 8, 128); wanted one element, (3,) for one per matrix",
+        "group_gemm_nvfp4_nt_groupwise: alpha is of shape (4,); wanted one element, or (3,).",
+    ),
+    "alpha of columns": (
+        ValueError,
+        lambda: nv4(U8A, U8B, *SF16, INDPTR, np.ones((8, 1), np.float32)),
+        "group_gemm_nvfp4_nt_groupwise: alpha is of shape (8, 1); wanted one element, or (3,).",
+    ),
+    "too few groups": (
+        ValueError,
+        lambda: cugemm.grouped_mm_bf16(X, W, INDPTR[:2]),
+        "grouped_mm_bf16: m_indptr has shape (2,), but b holds 3 matrices; wanted (4,).",
     ),
     "alpha twice": (
         TypeError,
@@ -801,7 +813,7 @@ ERRORS: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     ),
     # the masked product with its groups last
     "masked pair": (TypeError, lambda: last(L4[0]), "grouped_gemm_nt_masked: lhs is ndarray; pass (data, scales)."),
-    "masked half": (TypeError, lambda: last((L4[0], None)), "lhs is tuple; pass (data, scales)."),
+    "masked half": (TypeError, lambda: last((L4[0], None)), "lhs[1] is missing; pass arrays, (data, scales), or use"),
     "masked triple": (TypeError, lambda: last(rhs=(*R4, R4)), "rhs is 3 values; pass (data, scales)."),
     "masked rank": (ValueError, lambda: last((L4[0][0], L4[1])), "lhs[0] has shape (64, 3); wanted [rows, k, groups]"),
     "masked k": (ValueError, lambda: last((L4[0][:, :32], L4[1][:, :, :, :, :1])), "lhs[0] (6, 32, 3) and rhs[0] (8, 64, 3) differ in k"),
@@ -837,15 +849,24 @@ ERRORS: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "masked c_dtype": (
         ValueError,
         lambda: last(c_dtype="float8_e4m3fn"),
-        "out_dtype is float8_e4m3fn; results come as bfloat16, float16, float32.",
+        "c_dtype is float8_e4m3fn; results come as bfloat16, float16, float32.",
     ),
     "masked out": (ValueError, lambda: last(out=np.zeros((3, 6, 8), BF16)), "out has shape (3, 6, 8); wanted [m, n, groups], (6, 8, 3)."),
     "masked out dtype": (
         ValueError,
         lambda: last(out=np.zeros((6, 8, 3), np.float32)),
-        "out is float32, but out_dtype is bfloat16; drop one",
+        "out is float32, but c_dtype is bfloat16; make them agree, or drop one",
     ),
-    "masked alpha": (ValueError, lambda: last(alpha=np.ones(4, np.float32)), "alpha has shape (4,), but rhs[0]"),
+    "masked alpha": (
+        ValueError,
+        lambda: last(alpha=np.ones(4, np.float32)),
+        "alpha is of shape (4,); wanted one element, or (3,) or (1, 1, 3).",
+    ),
+    "masked alpha rows": (ValueError, lambda: last(alpha=np.ones((3, 1), np.float32)), "alpha is of shape (3, 1)"),
+    "masked alpha quantized": (ValueError, lambda: last(alpha=QX), "alpha is a Quantized; wanted one element"),
+    "masked no c_dtype": (TypeError, lambda: last(c_dtype=None), "c_dtype is None; pass 'bfloat16', 'float16' or 'float32'."),
+    "masked dlpack scale": (TypeError, lambda: last((L4[0], Hidden(L4[1]))), "lhs[1] is a Hidden, whose axes cannot be swapped"),
+    "masked quantized": (TypeError, lambda: last((QX, L4[1])), "lhs[0] is a Quantized, which has its groups first; pass arrays"),
     "masked_m": (ValueError, lambda: last(masked_m=INDPTR), "masked_m has shape (4,), but rhs[0] holds 3 matrices; wanted (3,)."),
     "masked fused": (ValueError, lambda: last(is_swap_ab=True), "is_swap_ab is True; this is not supported"),
     "masked weights": (ValueError, lambda: last(topk_weights=P), "topk_weights is a ndarray; this is not supported"),
@@ -950,6 +971,37 @@ def test_masked_takes_what_the_grouped_quantisers_return() -> None:
             cugemm.grouped_matmul(*qs, counts=counted, out_dtype="float32")
         first, second = (recorded.call for recorded in calls)
         assert first == second
+
+
+@pytest.mark.parametrize("layout", ["128x4", "linear"])
+def test_padded_scales_may_have_more_rows(layout: str) -> None:
+    """A buffer for the most rows serves fewer; what lies behind is not read."""
+    rng = np.random.default_rng(3)
+    a, b = rng.integers(0, 256, (200, 32)).astype(np.uint8), rng.integers(0, 256, (3, 24, 32)).astype(np.uint8)
+    rows, indptr = (200 + 3 * 127) // 128 * 128, np.array([0, 70, 70, 200], np.int32)
+    linear = rng.integers(0, 0x7F, (rows + 256, 4)).astype(np.uint8)
+    b_scale = rng.integers(0, 0x7F, (3, 128, 4)).astype(np.uint8)[:, : 24 if layout == "linear" else 128]
+
+    def product(rows: int) -> Array:
+        shown = cases.formats.tiled(linear[:rows], layout)
+        result: Array = nv4(a, b, shown, b_scale, indptr, out_dtype="float32", scale_layout=layout)
+        return result
+
+    linear[rows:] = 0x7F
+    assert not np.isnan(product(rows)).any()
+    for more in (128, 256):
+        oracles.check_bits(product(rows + more), product(rows))
+
+
+def test_skip_check_changes_nothing() -> None:
+    plain = cugemm.grouped_mm_bf16(X, W, INDPTR)
+    oracles.check_bits(cugemm.grouped_mm_bf16(X, W, INDPTR, skip_check=True), plain)
+    functions = {name: getattr(cugemm, name) for name in cugemm.__all__ if inspect.isfunction(getattr(cugemm, name))}
+    decorated = {name for name, function in functions.items() if "skip_check" in inspect.signature(function).parameters}
+    groups = {"group_gemm_fp8", "group_gemm_mxfp8_mxfp4", "group_gemm_nvfp4", "group_deepgemm_fp8", "batch_deepgemm_fp8", "gemm_fp8"}
+    assert {f"{name}_nt_groupwise" for name in groups} <= decorated
+    assert {f"grouped_mm_{name}" for name in ("bf16", "fp8", "mxfp8", "fp4")} <= decorated
+    assert {"m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked", "nvfp4_quantize_smooth", "mm_fp4", "bmm_fp8"} <= decorated
 
 
 def test_deepgemm_refuses_jax() -> None:

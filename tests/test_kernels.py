@@ -187,7 +187,7 @@ def conversion_calls(target: str) -> Iterator[Any]:
         yield OPS["combine"].check((spec((16, 4, 512), dtype), spec((16, 4), "float32"), None, None), RowsOptions())
         yield OPS["silu_and_mul"].check((spec((4, 8, 512), dtype), None, None), RowsOptions())
     for dtype in ("uint8", "bfloat16"):
-        yield OPS["interleave"].check((spec((256, 32), dtype),), QuantizeOptions("nvfp4", scale_layout="128x4"))
+        yield OPS["block_scale_interleave"].check((spec((256, 32), dtype),), QuantizeOptions("nvfp4", scale_layout="128x4"))
 
 
 @functools.cache

@@ -16,7 +16,8 @@ from oracles import Array
 
 import cugemm
 from cugemm import quantize_reference, scale_layout
-from cugemm.api.quantize import DEQUANTIZE, INTERLEAVE, QUANTIZE
+from cugemm.api.quantize import DEQUANTIZE, QUANTIZE
+from cugemm.api.shuffle import INTERLEAVE
 from cugemm.conversion import QuantizeOptions
 from cugemm.formats import FORMATS
 from cugemm.launch import run
@@ -630,7 +631,7 @@ REFUSED = {
     "interleave dtype": (
         lambda: run(INTERLEAVE, (X,), QuantizeOptions("", scale_layout="128x4")),
         TypeError,
-        "interleave: scale is float32",
+        "block_scale_interleave: unswizzled_sf is float32",
     ),
     "interleave linear": (
         lambda: run(INTERLEAVE, (SCALES4,), QuantizeOptions("")),

@@ -10,14 +10,24 @@ import math
 from typing import Any
 
 from cugemm.api.common import choice, matches, shape_of, shown
-from cugemm.api.quantize import DEQUANTIZE
 from cugemm.api.shuffle import layout_of, shaped, tiles
 from cugemm.arrays import Spec, framework_of, is_scalar
-from cugemm.conversion import QuantizeOptions
+from cugemm.conversion import QuantizeOp, QuantizeOptions
 from cugemm.formats import FP32, MXFP4, MXFP8, NVFP4, Format
 from cugemm.launch import run
+from cugemm.problem import register
 from cugemm.scale_layout import SfLayout
 
+
+def _op(name: str, data: str, scale: str, tensor_scale: str = "tensor_scale") -> QuantizeOp:
+    op: QuantizeOp = register(QuantizeOp(name, (data, scale, tensor_scale, "zero"), "dequantize"))
+    return op
+
+
+_TO_FLOAT = _op("e2m1_and_ufp8sf_scale_to_float", "e2m1_tensor", "ufp8_scale_tensor", "global_scale_tensor")
+_FROM_MXFP4 = _op("mxfp4_dequantize", "a_fp4", "a_sf")
+_FROM_MXFP4_HOST = _op("mxfp4_dequantize_host", "weight", "scale")
+_FROM_MXFP8_HOST = _op("mxfp8_dequantize_host", "input", "scale_tensor")
 _FORMATS = {(16, 1): NVFP4, (32, 0): MXFP4}
 """By FlashInfer's (sf_vec_size, ufp8_type)."""
 
@@ -57,9 +67,9 @@ def e2m1_and_ufp8sf_scale_to_float(
         raise ValueError(f"{name}: global_scale_tensor has shape {shape_of(name, 'global_scale_tensor', g)}; wanted one element.")
     options = _options(fmt, layout)
     if fmt is NVFP4:
-        return run(DEQUANTIZE, (e2m1_tensor, ufp8_scale_tensor, g, None), options)
+        return run(_TO_FLOAT, (e2m1_tensor, ufp8_scale_tensor, g, None), options)
     factor = _factor(name, g, e2m1_tensor)
-    x = run(DEQUANTIZE, (e2m1_tensor, ufp8_scale_tensor, None, None), options)
+    x = run(_TO_FLOAT, (e2m1_tensor, ufp8_scale_tensor, None, None), options)
     return x if factor is None or isinstance(x, Spec) else x * factor  # mxfp4 has no second scale of its own
 
 
@@ -91,7 +101,7 @@ def mxfp4_dequantize(a_fp4: Any, a_sf: Any, sfLayout: SfLayout | int = SfLayout.
 
     >>> x = cugemm.mxfp4_dequantize(*cugemm.mxfp4_quantize(w))
     """
-    return run(DEQUANTIZE, (a_fp4, a_sf, None, None), _options(MXFP4, layout_of("mxfp4_dequantize", "sfLayout", sfLayout)))
+    return run(_FROM_MXFP4, (a_fp4, a_sf, None, None), _options(MXFP4, layout_of("mxfp4_dequantize", "sfLayout", sfLayout)))
 
 
 def mxfp4_dequantize_host(weight: Any, scale: Any, group_size: int = 32) -> Any:
@@ -103,7 +113,7 @@ def mxfp4_dequantize_host(weight: Any, scale: Any, group_size: int = 32) -> Any:
     >>> x = cugemm.mxfp4_dequantize_host(blocks, scales)
     """
     choice("mxfp4_dequantize_host", "group_size", group_size, (32,), "32, as mxfp4 has one scale for each 32 values")
-    return run(DEQUANTIZE, (weight, scale, None, None), _options(MXFP4, "linear"))
+    return run(_FROM_MXFP4_HOST, (weight, scale, None, None), _options(MXFP4, "linear"))
 
 
 def mxfp8_dequantize_host(
@@ -120,7 +130,7 @@ def mxfp8_dequantize_host(
     layout = tiles("mxfp8_dequantize_host", is_sf_swizzled_layout, False)
     if sf_swizzle_layout is not None:
         layout = layout_of("mxfp8_dequantize_host", "sf_swizzle_layout", sf_swizzle_layout)
-    return run(DEQUANTIZE, (input, scale_tensor, None, None), _options(MXFP8, layout))
+    return run(_FROM_MXFP8_HOST, (input, scale_tensor, None, None), _options(MXFP8, layout))
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from cugemm.conversion import QuantizeOp, QuantizeOptions
 from cugemm.formats import MXFP4, MXFP8, NVFP4, NVFP4_ROW, Format
 from cugemm.launch import run
 from cugemm.problem import register
-from cugemm.quantized import swapped
+from cugemm.quantized import Quantized, swapped
 from cugemm.scale_layout import SfLayout
 
 
@@ -116,6 +117,7 @@ def nvfp4_quantize(
     per_token_activation = flag(name, "per_token_activation", per_token_activation)
     if expanded_idx_to_permuted_idx is not None and not per_token_activation:
         raise ValueError(f"{name}: expanded_idx_to_permuted_idx goes with per_token_activation=True; drop it.")
+    shape_of(name, "a", a)  # or a TypeError that names it
     columns = do_shuffle and not per_token_activation and _column_major(a)
     if do_shuffle:
         shape = shape_of(name, "a", a)
@@ -178,13 +180,13 @@ def mxfp8_quantize(
     """
     name = "mxfp8_quantize"
     check_backend(name, backend, ("cuda", "cute-dsl"))
-    if not isinstance(alignment, int) or not 1 <= alignment <= 2**30 or alignment % 32:
+    if not isinstance(alignment, Integral) or isinstance(alignment, bool) or not 1 <= alignment <= 2**30 or alignment % 32:
         raise ValueError(f"{name}: alignment is {shown(alignment)}; wanted a multiple of 32.")
     layout = tiles(name, is_sf_swizzled_layout, False)
     if sf_swizzle_layout is not None:
         layout = layout_of(name, "sf_swizzle_layout", sf_swizzle_layout)
     rows, lead = _rows(_MXFP8, input)
-    q, sf = run(_MXFP8, (rows, None, None, None), _options(MXFP8, layout, align=alignment))
+    q, sf = run(_MXFP8, (rows, None, None, None), _options(MXFP8, layout, align=int(alignment)))
     return (q if lead is None else shaped(q, (*lead, q.shape[-1]))), shaped(sf, (-1,))
 
 
@@ -237,12 +239,12 @@ def silu_and_mul_nvfp4_quantize(
 
 
 def nvfp4_quantize_smooth(
-    x: Any, pre_quant_scale: Any, global_scale: Any, enable_pdl: bool | None = None, backend: str = "cutlass"
+    x: Any, pre_quant_scale: Any, global_scale: Any, enable_pdl: bool | None = None, backend: str = "cutlass", *, skip_check: bool = False
 ) -> tuple[Any, Any]:
     """(q, sf) of h = x * pre_quant_scale, h[m, k] ~ e2m1(q) * e4m3(sf) / global_scale: SVDQuant's smoothing and quantisation in one pass.
 
     x: [m, k], bfloat16, float16 or float32. pre_quant_scale: [k] in one of these dtypes. global_scale: 448 * 6 / max |h|, a number or
-    float32 [1]. enable_pdl: accepted, not needed. backend: "auto" or "cutlass".
+    float32 [1]. enable_pdl: accepted, not needed. backend: "auto" or "cutlass". skip_check: changes nothing.
     Returns q uint8 [m, k/2], sf uint8 in one axis, 128x4 tiles.
 
     Raises TypeError and ValueError, naming the argument.
@@ -292,6 +294,9 @@ def make_nvfp4_global_scale(
 
 def _fp4(op: QuantizeOp, x: Any, fmt: Format, layout: str, global_scale: Any = None, encode_scale: bool = False) -> tuple[Any, Any]:
     """Packed data and scales of the rows of x, along k wherever it is contiguous."""
+    shape_of(op.name, op.roles[0], x)  # or a TypeError that names it
+    if type(x) is Quantized:
+        raise op.wrong_type(f"{op.roles[0]} is {x!r} already; pass an array of floats.")
     if _column_major(x):
         q, sf = _fp4(op, swapped(x), fmt, layout, global_scale, encode_scale)
         return swapped(q), swapped(sf)

@@ -21,7 +21,13 @@ from cugemm.scales import Covered, ceil_div, read_bytes
 
 _DESCALES = {"a_scale": "a_descale", "b_scale": "b_descale"}
 _MM_MXFP8 = register("mm_mxfp8", FLOATS8, FLOATS8, called=_DESCALES)
-_BMM_MXFP8 = register("bmm_mxfp8", FLOATS8, FLOATS8, ranks=(2, 3), called={"a": "A", "b": "B", "a_scale": "A_scale", "b_scale": "B_scale"})
+_BMM_MXFP8 = register(
+    "bmm_mxfp8",
+    FLOATS8,
+    FLOATS8,
+    ranks=(2, 3),
+    called={"a": "A", "b": "B", "a_scale": "A_scale", "b_scale": "B_scale", "out_dtype": "dtype"},
+)
 _MM_FP4 = register("mm_fp4", (*FLOATS16, E2M1X2.name), FLOATS4, called=_DESCALES)
 _MM_BF16_FP4 = register("mm_bf16_fp4", ("bf16",), (E2M1X2.name,), called=_DESCALES)
 _PREPARE = GemmOp("prepare_bf16_fp4_weights", ("b", "b_descale", "alpha"), (), ())
@@ -292,7 +298,7 @@ def prepare_bf16_fp4_weights(
     if len(shape) != 2:
         raise op.error(f"b has shape {shape}; wanted [n, k/2].")
     covered = Covered("b_descale", "b", shape, shape[0], 2 * shape[1], 1, True)
-    read_bytes(SPEC.view(spec_of(b_descale), "b_descale"), covered, E4M3.name, "128x4", "", op.error, op.wrong_type)
+    read_bytes(SPEC.view(spec_of(b_descale, "b_descale"), "b_descale"), covered, E4M3.name, "128x4", "", op.error, op.wrong_type)
     return b, b_descale, alpha
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from cugemm.arrays import dtype_name, framework_of
+from cugemm.arrays import dtype_name, framework_of, is_scalar
 from cugemm.catalog import KERNELS
 from cugemm.formats import ALL, BF16, FP16, FP32, Format
 from cugemm.launch import run
-from cugemm.problem import GemmOp, GemmOptions
+from cugemm.problem import OPS, GemmOp, GemmOptions
 from cugemm.quantized import Quantized
 
 GRANULARITIES = tuple((gm, gn, 128) for gm in (1, 128) for gn in (1, 128))
@@ -29,15 +29,16 @@ def gemm_options(
         return _options(op.name, out_dtype, backend, backends, accumulate, tuple(fixed.items()) if fixed else ())
     except TypeError as error:
         if hasattr(out_dtype, "__dlpack__") and not isinstance(out_dtype, type):
-            text = f"{op.name}: out_dtype is an array; it wants a dtype. Pass scales by keyword: a_scale=..., b_scale=..."
+            text = f"{op.name}: {op.out_dtype_role} is an array; it wants a dtype. Pass scales by keyword: a_scale=..., b_scale=..."
             raise TypeError(text) from None
         if not str(error).startswith("unhashable"):
             raise
-        given = {"out_dtype": out_dtype, "backend": backend, "accumulate": accumulate, **fixed}
+        given = {op.out_dtype_role: out_dtype, "backend": backend, "accumulate": accumulate, **fixed}
         role, value = next(((r, x) for r, x in given.items() if type(x).__hash__ is None), ("an option", None))
-        wanted = "is not a dtype; pass a name such as 'bfloat16' or a dtype object" if role == "out_dtype" else "pass a string"
+        dtype = role == op.out_dtype_role
+        wanted = "is not a dtype; pass a name such as 'bfloat16' or a dtype object" if dtype else "pass a string"
         shown = "not hashable" if value is None else f"a {type(value).__name__}"
-        raise TypeError(f"{op.name}: {role} is {shown}, {'which ' if role == 'out_dtype' else ''}{wanted}.") from None
+        raise TypeError(f"{op.name}: {role} is {shown}, {'which ' if dtype else ''}{wanted}.") from None
 
 
 @functools.lru_cache(maxsize=4096, typed=True)
@@ -53,7 +54,7 @@ def _options(
     try:
         dtype = None if out_dtype is None else dtype_name(out_dtype)
     except TypeError as error:
-        raise TypeError(f"{name}: out_dtype: {error}") from None
+        raise TypeError(f"{name}: {OPS[name].out_dtype_role}: {error}") from None
     return GemmOptions(out_dtype=dtype, backend=backend if backend in own else "auto", accumulate=accumulate, **dict(fixed))
 
 
@@ -179,6 +180,15 @@ def shape_of(name: str, role: str, x: Any) -> tuple[int, ...]:
         return x.shape
     framework = framework_of(x, f"{name}: {role}")
     return tuple(x.shape) if hasattr(x, "shape") else framework.view(x, f"{name}: {role}").shape
+
+
+def check_alpha(op: GemmOp, alpha: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Refuse an array alpha of other shapes: products would read some of them as scales of columns."""
+    if alpha is not None and not is_scalar(alpha):
+        shape = shape_of(op.name, "alpha", alpha)
+        if type(alpha) is Quantized or shape not in ((), (1,), *shapes):
+            found = "a Quantized" if type(alpha) is Quantized else f"of shape {shape}"
+            raise op.error(f"alpha is {found}; wanted one element, or {' or '.join(map(str, shapes))}.")
 
 
 def same_k(op: GemmOp, a: Any, b: Any, b_axis: int) -> None:

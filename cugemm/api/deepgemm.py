@@ -70,13 +70,15 @@ def m_grouped_fp8_gemm_nt_contiguous(
     use_psum_layout: bool = False,
     ensure_zero_padding: bool = True,
     expected_m_for_psum_layout: int | None = None,
+    *,
+    skip_check: bool = False,
 ) -> None:
     """d[i] = a[i] @ b[grouped_layout[i]].T, with an fp32 scale for each block of a and b.
 
     a: (a [m, k], a_scale [m, ceil(k/128)]), b: (b [G, n, k], b_scale [G, ceil(n/128), ceil(k/128)]), or Quantized.
     grouped_layout (m_indices): [m], int32 or int64, the group of each row, in any order and with no alignment; -1: the row of d is zeros.
-    use_psum_layout: refused; `grouped_matmul(indptr=...)` takes the ends of groups. Other arguments, errors and numerics: as `fp8_gemm_nt`.
-    Source: DeepGEMM `m_grouped_fp8_gemm_nt_contiguous`.
+    use_psum_layout: refused; `grouped_matmul(indptr=...)` takes the ends of groups. skip_check: changes nothing.
+    Other arguments, errors and numerics: as `fp8_gemm_nt`. Source: DeepGEMM `m_grouped_fp8_gemm_nt_contiguous`.
 
     >>> cugemm.m_grouped_fp8_gemm_nt_contiguous((a, a_scale), (b, b_scale), d, m_indices)
     """
@@ -99,11 +101,13 @@ def m_grouped_fp8_gemm_nt_masked(
     recipe_b: tuple[int, int] | None = None,
     compiled_dims: str = "nk",
     disable_ue8m0_cast: bool = False,
+    *,
+    skip_check: bool = False,
 ) -> None:
     """d[g, i] = a[g, i] @ b[g].T for the rows i < masked_m[g], zeros for the others.
 
     a: (a [G, m, k], a_scale [G, m, ceil(k/128)]), b: (b [G, n, k], b_scale [G, ceil(n/128), ceil(k/128)]), or Quantized. d: [G, m, n].
-    masked_m: [G], int32 or int64. expected_m: a hint. Other arguments, errors and numerics: as `fp8_gemm_nt`.
+    masked_m: [G], int32 or int64. expected_m: a hint. skip_check: changes nothing. Other arguments, errors and numerics: as `fp8_gemm_nt`.
     Source: DeepGEMM `m_grouped_fp8_gemm_nt_masked`.
 
     >>> cugemm.m_grouped_fp8_gemm_nt_masked((a, a_scale), (b, b_scale), d, masked_m, 64)

@@ -16,7 +16,11 @@ from cugemm.quantized import Quantized
 
 _MM_FP8 = register("mm_fp8", FLOATS8, FLOATS8)
 _BMM_FP8 = register(
-    "bmm_fp8", (*FLOATS16, *FLOATS8), FLOATS8, ranks=(2, 3), called={"a": "A", "b": "B", "a_scale": "A_scale", "b_scale": "B_scale"}
+    "bmm_fp8",
+    (*FLOATS16, *FLOATS8),
+    FLOATS8,
+    ranks=(2, 3),
+    called={"a": "A", "b": "B", "a_scale": "A_scale", "b_scale": "B_scale", "out_dtype": "dtype"},
 )
 _GROUPWISE = register("gemm_fp8_nt_groupwise", FLOATS8, FLOATS8)
 _BLOCKSCALED = register("gemm_fp8_nt_blockscaled", FLOATS8, FLOATS8)

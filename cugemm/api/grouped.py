@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
-from cugemm.api.common import gemm_options, product, shape_of
+from cugemm.api.common import flag, gemm_options, product, shape_of, shown
 from cugemm.arrays import is_scalar
 from cugemm.problem import FLOATS8, FLOATS16
 from cugemm.problem import product as register
 
 _ELEMENTS = (*FLOATS16, *FLOATS8)
 _ROLES = {"a": "x", "b": "weights", "experts": "weight_indices"}
-_BY_INDEX = register("SegmentGEMMWrapper.forward", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "expert_indices"})
+_BY_INDEX = register("SegmentGEMMWrapper.run(expert_indices)", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "expert_indices"})
 _BY_INDPTR = register("SegmentGEMMWrapper.run", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "seg_indptr"})
 _BY_LENS = register("SegmentGEMMWrapper.run(seg_lens)", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "seg_lens"})
 
@@ -42,9 +43,11 @@ class SegmentGEMMWrapper:
         sizes = (num_experts, hidden_size, intermediate_size)
         if None in sizes and sizes != (None, None, None):
             raise TypeError("SegmentGEMMWrapper: pass num_experts, hidden_size and intermediate_size together, or none of them.")
-        if any(n is not None and n < 0 for n in sizes):
-            raise ValueError(f"SegmentGEMMWrapper: num_experts, hidden_size, intermediate_size are {sizes}; they cannot be negative.")
-        gemm_options(_BY_INDEX, None, backend, ("sm80", "sm90"))
+        if any(n is not None and (not isinstance(n, Integral) or isinstance(n, bool) or n < 0) for n in sizes):
+            raise ValueError(
+                f"SegmentGEMMWrapper: num_experts, hidden_size, intermediate_size are {shown(sizes)}; wanted ints, none of them negative."
+            )
+        gemm_options(_BY_INDPTR, None, backend, ("sm80", "sm90"))
         self._shape = sizes if None not in sizes else None
         self._backend = backend
         self.device = device
@@ -78,6 +81,7 @@ class SegmentGEMMWrapper:
 
         Raises ValueError and TypeError, naming the argument. Numerics: as `cugemm.linear`.
         """
+        weight_column_major = flag("SegmentGEMMWrapper.run", "weight_column_major", weight_column_major)
         if self._shape is not None:
             experts, hidden, intermediate = self._shape
             wanted = (experts, intermediate, hidden) if weight_column_major else (experts, hidden, intermediate)
@@ -85,12 +89,14 @@ class SegmentGEMMWrapper:
             if shape != wanted:
                 raise ValueError(f"SegmentGEMMWrapper.run: weights have shape {shape}, but the wrapper was built for {wanted}.")
         counted = batch_size is None or is_scalar(batch_size)
+        if batch_size is not None and counted and (not isinstance(batch_size, Integral) or isinstance(batch_size, bool)):
+            raise TypeError(f"SegmentGEMMWrapper.run: batch_size is {shown(batch_size)}; pass an int, or an array of expert indices.")
         rows = {"expert_indices": None if counted else batch_size, "seg_indptr": seg_indptr, "seg_lens": seg_lens}
         given = [name for name, value in rows.items() if value is not None]
         if len(given) != 1:
-            shown = " and ".join(given) if given else "nothing"
+            names = " and ".join(given) if given else "nothing"
             raise ValueError(
-                f"SegmentGEMMWrapper.run: {shown} says which rows go where; pass one of expert_indices, seg_lens and seg_indptr."
+                f"SegmentGEMMWrapper.run: {names} says which rows go where; pass one of expert_indices, seg_lens and seg_indptr."
             )
         kind, op = {"expert_indices": ("indices", _BY_INDEX), "seg_indptr": ("indptr", _BY_INDPTR), "seg_lens": ("lens", _BY_LENS)}[
             given[0]
@@ -101,7 +107,7 @@ class SegmentGEMMWrapper:
             raise ValueError("SegmentGEMMWrapper.run: weight_indices go with segments; expert_indices name the matrices already.")
         if kind != "indices" and batch_size is not None and count[:1] != (batch_size + (kind == "indptr"),):
             raise ValueError(f"SegmentGEMMWrapper.run: batch_size is {batch_size}, but {given[0]} has shape {count}.")
-        if kind == "indices" and len(count) > 1:
+        if kind == "indices" and len(count) != 1:
             raise ValueError(
                 f"SegmentGEMMWrapper.run: expert_indices has shape {count}; wanted [m], one matrix for each row: for several pass "
                 "cugemm.grouped_matmul(x, experts, indices=...)."

@@ -10,7 +10,7 @@ import functools
 from numbers import Integral
 from typing import Any
 
-from cugemm.api.common import GRANULARITIES, choice, flag, gemm_options, product, shape_of, shown
+from cugemm.api.common import GRANULARITIES, check_alpha, choice, flag, gemm_options, product, shape_of, shown
 from cugemm.api.rehearsal import alike, rehearse
 from cugemm.api.rowwise import silu_and_mul
 from cugemm.formats import BF16, E2M1X2, E4M3, E8M0, LAYOUTS
@@ -21,16 +21,16 @@ from cugemm.quantized import Quantized
 _PACKED = (E2M1X2.name,)
 _INDPTR = {"segments": "m_indptr"}
 _DESCALES = {**_INDPTR, "a_scale": "a_descale", "b_scale": "b_descale"}
-_GROUP_FP8 = register("group_gemm_fp8_nt_groupwise", FLOATS8, FLOATS8, called=_INDPTR)
-_GROUP_MXFP4 = register("group_gemm_mxfp8_mxfp4_nt_groupwise", FLOATS8, _PACKED, called=_INDPTR)
-_GROUP_NVFP4 = register("group_gemm_nvfp4_nt_groupwise", _PACKED, _PACKED, called={**_INDPTR, "b_tensor_scale": "alpha"})
+_GROUP_FP8 = register("group_gemm_fp8_nt_groupwise", FLOATS8, FLOATS8, called=_INDPTR, every_group=True)
+_GROUP_MXFP4 = register("group_gemm_mxfp8_mxfp4_nt_groupwise", FLOATS8, _PACKED, called=_INDPTR, every_group=True)
+_GROUP_NVFP4 = register("group_gemm_nvfp4_nt_groupwise", _PACKED, _PACKED, called={**_INDPTR, "b_tensor_scale": "alpha"}, every_group=True)
 _GROUP_DEEPGEMM = register("group_deepgemm_fp8_nt_groupwise", FLOATS8, FLOATS8, called={"segments": "m_indices"})
 _BATCH_DEEPGEMM = register("batch_deepgemm_fp8_nt_groupwise", FLOATS8, FLOATS8, ranks=(3,), called={"segments": "masked_m"})
-_MM_BF16 = register("grouped_mm_bf16", (BF16.name,), (BF16.name,), called=_INDPTR)
-_MM_FP8 = register("grouped_mm_fp8", FLOATS8, FLOATS8, called=_INDPTR)
-_MM_MXFP8 = register("grouped_mm_mxfp8", FLOATS8, FLOATS8, called=_DESCALES)
-_MM_FP4 = register("grouped_mm_fp4", _PACKED, _PACKED, called=_DESCALES)
-_MOE_FP8 = register("moe_gemm_fp8_nt_groupwise", FLOATS8, FLOATS8, called=_INDPTR)
+_MM_BF16 = register("grouped_mm_bf16", (BF16.name,), (BF16.name,), called=_INDPTR, every_group=True)
+_MM_FP8 = register("grouped_mm_fp8", FLOATS8, FLOATS8, called=_INDPTR, every_group=True)
+_MM_MXFP8 = register("grouped_mm_mxfp8", FLOATS8, FLOATS8, called=_DESCALES, every_group=True)
+_MM_FP4 = register("grouped_mm_fp4", _PACKED, _PACKED, called=_DESCALES, every_group=True)
+_MOE_FP8 = register("moe_gemm_fp8_nt_groupwise", FLOATS8, FLOATS8, called=_INDPTR, every_group=True)
 
 
 def group_gemm_fp8_nt_groupwise(
@@ -45,6 +45,8 @@ def group_gemm_fp8_nt_groupwise(
     out: Any = None,
     out_dtype: Any = None,
     backend: str = "auto",
+    *,
+    skip_check: bool = False,
 ) -> Any:
     """out[i] = a[i] @ b[g].T for the rows m_indptr[g] <= i < m_indptr[g + 1], with an fp32 scale for each block of a and b.
 
@@ -55,6 +57,7 @@ def group_gemm_fp8_nt_groupwise(
     b_scale [G, ceil(n/gn), ceil(k/gk)]. mma_sm: 1 or 2, a hint for Blackwell. out: [m, n]. out_dtype: default bfloat16.
     backend: "trtllm" and "cutile" mean "auto".
 
+    skip_check: changes nothing.
     Rows in no group are zeros. Errors: as `grouped_matmul`. Numerics: exact products, fp32 sums over 128 values, times both scales, added
     in fp32. Source: FlashInfer `group_gemm_fp8_nt_groupwise`.
 
@@ -88,6 +91,7 @@ def group_gemm_mxfp8_mxfp4_nt_groupwise(
     out_dtype: Any = None,
     *,
     scale_layout: str = "128x4",
+    skip_check: bool = False,
 ) -> Any:
     """out[i] = sum over k of a[i, k] * 2^(a_scale - 127) * e2m1(b[g, n, k]) * 2^(b_scale - 127) for the rows of group g.
 
@@ -98,6 +102,7 @@ def group_gemm_mxfp8_mxfp4_nt_groupwise(
     mma_sm 1 or 2, tile_m 128, tile_n 32, 64, 128, 192 or 256, tile_k 128 or 256, swap_ab: hints, checked and not needed.
     out: [m, n]. out_dtype: default bfloat16.
 
+    skip_check: changes nothing.
     Rows in no group are zeros. Errors: as `grouped_matmul`. Numerics: scaled values are exact in bfloat16, sums are fp32; code 255 is NaN.
     Source: FlashInfer `group_gemm_mxfp8_mxfp4_nt_groupwise`; OCP MX.
 
@@ -128,6 +133,7 @@ def group_gemm_nvfp4_nt_groupwise(
     out_dtype: Any = None,
     *,
     scale_layout: str = "128x4",
+    skip_check: bool = False,
 ) -> Any:
     """out[i] = alpha[g] * sum over k of e2m1(a[i, k]) * a_scale * e2m1(b[g, n, k]) * b_scale for the rows of group g.
 
@@ -136,6 +142,7 @@ def group_gemm_nvfp4_nt_groupwise(
     `group_gemm_mxfp8_mxfp4_nt_groupwise`.
     tile_m 128, tile_n 32, 64, 128, 192 or 256, tile_k 128 or 256, swap_ab: hints. out: [m, n]. out_dtype: default bfloat16.
 
+    skip_check: changes nothing.
     Rows in no group are zeros. Errors: as `grouped_matmul`. Numerics: scaled values are exact in 16 bits, sums are fp32.
     Source: FlashInfer `group_gemm_nvfp4_nt_groupwise`; NVIDIA NVFP4.
 
@@ -145,6 +152,7 @@ def group_gemm_nvfp4_nt_groupwise(
     _tile_hints(op, tile_m, tile_n, tile_k, swap_ab)
     if alpha is not None and type(b) is Quantized and b.tensor_scale is not None:
         raise op.wrong_type("b is a Quantized, which has its own tensor_scale; drop alpha.")
+    check_alpha(op, alpha, (shape_of(op.name, "b", b)[:1],))
     options = gemm_options(op, out_dtype, segments="indptr", b_axes="nk", **_byte_scales(op, a, E4M3.name, scale_layout, "pad128"))
     return product(
         op, a, b, _packed(options, a, b), a_scale=a_scale, b_scale=b_scale, b_tensor=alpha, segments=m_indptr, out=out
@@ -160,6 +168,8 @@ def group_deepgemm_fp8_nt_groupwise(
     scale_granularity_mnk: tuple[int, int, int] = (1, 128, 128),
     out: Any = None,
     out_dtype: Any = None,
+    *,
+    skip_check: bool = False,
 ) -> Any:
     """out[i] = a[i] @ b[m_indices[i]].T, with an fp32 scale for each block of a and b.
 
@@ -186,6 +196,8 @@ def batch_deepgemm_fp8_nt_groupwise(
     scale_granularity_mnk: tuple[int, int, int] = (1, 128, 128),
     out: Any = None,
     out_dtype: Any = None,
+    *,
+    skip_check: bool = False,
 ) -> Any:
     """out[g, i] = a[g, i] @ b[g].T for the rows i < masked_m[g], zeros for the others, with an fp32 scale for each block of a and b.
 
@@ -203,13 +215,21 @@ def batch_deepgemm_fp8_nt_groupwise(
 
 
 def grouped_mm_bf16(
-    a: Any, b: Any, m_indptr: Any, out: Any = None, out_dtype: Any = None, *, backend: str = "auto", tactic: int = -1
+    a: Any,
+    b: Any,
+    m_indptr: Any,
+    out: Any = None,
+    out_dtype: Any = None,
+    *,
+    backend: str = "auto",
+    tactic: int = -1,
+    skip_check: bool = False,
 ) -> Any:
     """out[i] = a[i] @ b[g].T for the rows m_indptr[g] <= i < m_indptr[g + 1]; a [m, k] and b [G, n, k] bfloat16.
 
     m_indptr: [G + 1], int32 or int64. out: [m, n]. out_dtype: "bfloat16" (default), "float16" or "float32". backend: "cudnn" means "auto".
-    tactic: accepted, plans of cuDNN. Rows in no group are zeros. Errors and numerics: as `grouped_matmul`. Source: FlashInfer
-    `grouped_mm_bf16`.
+    tactic: accepted, plans of cuDNN. skip_check: changes nothing. Rows in no group are zeros.
+    Errors and numerics: as `grouped_matmul`. Source: FlashInfer `grouped_mm_bf16`.
 
     >>> out = cugemm.grouped_mm_bf16(a, b, m_indptr)
     """
@@ -229,6 +249,7 @@ def grouped_mm_fp8(
     backend: str = "auto",
     tactic: int = -1,
     accumulate: str = "fast",
+    skip_check: bool = False,
 ) -> Any:
     """out[i] = alpha * a[i] @ b[g].T for the rows m_indptr[g] <= i < m_indptr[g + 1]; a [m, k] and b [G, n, k] float8, any mix.
 
@@ -254,6 +275,7 @@ def grouped_mm_mxfp8(
     backend: str = "auto",
     tactic: int = -1,
     scale_layout: str = "128x4",
+    skip_check: bool = False,
 ) -> Any:
     """out[i] = (a[i] * 2^(a_descale - 127)) @ (b[g] * 2^(b_descale - 127)).T for the rows of group g; a [m, k] and b [G, n, k] float8.
 
@@ -285,6 +307,7 @@ def grouped_mm_fp4(
     backend: str = "auto",
     tactic: int = -1,
     scale_layout: str = "128x4",
+    skip_check: bool = False,
 ) -> Any:
     """out[i] = alpha * (e2m1(a[i]) * a_descale) @ (e2m1(b[g]) * b_descale).T for the rows of group g.
 
@@ -364,7 +387,7 @@ def _gated(op: GemmOp, options: GemmOptions, a: Any, b: Any, a_scale: Any, b_sca
 
 def check_expected(op: GemmOp, expected_m: Any) -> None:
     """expected_m is a hint for a tile; what is no count is a mistake in the order of arguments."""
-    if not isinstance(expected_m, Integral) or int(expected_m) < 0:
+    if not isinstance(expected_m, Integral) or isinstance(expected_m, bool) or int(expected_m) < 0:
         shown = expected_m if isinstance(expected_m, Integral) else type(expected_m).__name__
         raise op.wrong_type(f"expected_m is {shown}; wanted the rows that a group has on average, an int.")
 

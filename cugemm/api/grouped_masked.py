@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from cugemm.api.common import choice, gemm_options, matches, product, shape_of, shown
+from cugemm.api.common import check_alpha, choice, gemm_options, matches, product, shape_of, shown
 from cugemm.api.shuffle import shaped, swapped_axes
 from cugemm.arrays import Spec, is_scalar
 from cugemm.formats import E2M1X2, E4M3, E5M2, E8M0, Element
 from cugemm.problem import FLOATS8
 from cugemm.problem import product as register
+from cugemm.quantized import Quantized
 from cugemm.scales import ceil_div
 
-_CALLED = {"a": "lhs[0]", "b": "rhs[0]", "a_scale": "lhs[1]", "b_scale": "rhs[1]", "segments": "masked_m", "b_tensor_scale": "alpha"}
+_CALLED = {"a": "lhs[0]", "b": "rhs[0]", "a_scale": "lhs[1]", "b_scale": "rhs[1]", "segments": "masked_m", "b_tensor_scale": "alpha",
+           "out_dtype": "c_dtype"}  # fmt: skip
 _MASKED = register("grouped_gemm_nt_masked", (*FLOATS8, E2M1X2.name), (*FLOATS8, E2M1X2.name), ranks=(3,), called=_CALLED)
 _ELEMENTS = {"float4_e2m1fn": E2M1X2, "float8_e4m3fn": E4M3, "float8_e5m2": E5M2}
 _SCALES = {"float8_e4m3fn": E4M3, "float8_e8m0fnu": E8M0}
@@ -79,8 +81,12 @@ def grouped_gemm_nt_masked(
         raise op.error(f"{sizes[0]} and {sizes[1]} differ in k or in groups; wanted [m, k, groups] and [n, k, groups].")
     if out is not None and shape_of(op.name, "out", out) != (a.shape[1], b.shape[1], a.shape[0]):
         raise op.error(f"out has shape {shape_of(op.name, 'out', out)}; wanted [m, n, groups], {(a.shape[1], b.shape[1], a.shape[0])}.")
+    groups = a.shape[0]
+    check_alpha(op, alpha, ((groups,), (1, 1, groups)))
     if alpha is not None and not is_scalar(alpha) and len(shape_of(op.name, "alpha", alpha)) == 3:
-        alpha = shaped(alpha, (-1,))
+        alpha = shaped(_turnable("alpha", alpha), (-1,))
+    if c_dtype is None:
+        raise op.wrong_type("c_dtype is None; pass 'bfloat16', 'float16' or 'float32'.")
     options = gemm_options(
         op, c_dtype, segments="masked", b_axes="nk", a_element=element.name, b_element=element.name,
         a_scale_element=scale.name, b_scale_element=scale.name, a_scale_layout="128x4", b_scale_layout="128x4",
@@ -93,10 +99,16 @@ def grouped_gemm_nt_masked(
 def _operand(role: str, given: Any, element: Element, vector: int) -> tuple[Any, Any]:
     """(x [groups, rows, k], its scales as [groups, rows, blocks] in whole tiles) of a pair in FlashInfer's axes."""
     op = _MASKED
-    if not isinstance(given, (tuple, list)) or len(given) != 2 or any(x is None for x in given):
-        kind = f"{len(given)} values" if isinstance(given, (tuple, list)) and len(given) != 2 else type(given).__name__
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        kind = f"{len(given)} values" if isinstance(given, (tuple, list)) else type(given).__name__
         raise op.wrong_type(f"{role} is {kind}; pass (data, scales).")
     x, scale = given
+    for i, part in enumerate(given):
+        if part is None or type(part) is Quantized:
+            kind = "missing" if part is None else "a Quantized, which has its groups first"
+            raise op.wrong_type(
+                f"{role}[{i}] is {kind}; pass arrays, (data, scales), or use cugemm.grouped_matmul(x, experts, counts=...)."
+            )
     shape, scales = shape_of(op.name, f"{role}[0]", x), shape_of(op.name, f"{role}[1]", scale)
     if len(shape) != 3:
         raise op.error(f"{role}[0] has shape {shape}; wanted [rows, k, groups], as a view of [groups, rows, k].")
@@ -105,13 +117,19 @@ def _operand(role: str, given: Any, element: Element, vector: int) -> tuple[Any,
         wanted = (32, 4, ceil_div(rows, 128), 4, ceil_div(k, 4 * vector), groups)
         if scales != wanted:
             raise op.error(f"{role}[1] has shape {scales}, but {role}[0] is {shape}; wanted {wanted}, one scale for each {vector} values.")
-        tiles = swapped_axes(scale, (3, 5), (2, 4), (1, 4), (0, 3))  # axes group, tile row, tile column, row, slab, block
+        tiles = swapped_axes(
+            _turnable(f"{role}[1]", scale), (3, 5), (2, 4), (1, 4), (0, 3)
+        )  # axes group, tile row, tile column, row, slab, block
         scale = shaped(shaped(tiles, (-1,)), (groups, 128 * wanted[2], 4 * wanted[4]))  # flat first: other orders of memory are copied
     return _groups_first(f"{role}[0]", x), scale
 
 
 def _groups_first(role: str, x: Any) -> Any:
     """A view of [rows, columns, groups] as [groups, rows, columns]."""
-    if not isinstance(x, Spec) and not hasattr(x, "swapaxes"):
+    return swapped_axes(_turnable(role, x), (0, 2), (1, 2))
+
+
+def _turnable(role: str, x: Any) -> Any:
+    if not isinstance(x, Spec) and not (hasattr(x, "swapaxes") and hasattr(x, "reshape")):
         raise _MASKED.wrong_type(f"{role} is a {type(x).__name__}, whose axes cannot be swapped; pass a torch, CuPy, JAX or NumPy array.")
-    return swapped_axes(x, (0, 2), (1, 2))
+    return x

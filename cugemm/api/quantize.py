@@ -16,7 +16,6 @@ from cugemm.quantized import Quantized, swapped
 
 QUANTIZE: QuantizeOp = register(QuantizeOp("quantize", ("x", "tensor_scale", "pre_scale", "counts")))
 DEQUANTIZE: QuantizeOp = register(QuantizeOp("dequantize", ("data", "scale", "tensor_scale", "zero"), "dequantize"))
-INTERLEAVE: QuantizeOp = register(QuantizeOp("interleave", ("scale",), "interleave"))
 _CAST = QuantizeOptions("fp8_tensor", cast=True)
 
 
@@ -29,7 +28,7 @@ def quantize(x: Any, format: str | Format = "fp8_row", *, scale_layout: str = "l
         "int8_tensor", "int8_row", "int8_group" (1 x 128): max 127. "fp4_row": e2m1, max 6
         "int4_row", "int4_g32", "int4_g64", "int4_g128": max 7
         "uint4_g32", "uint4_g64", "uint4_g128": lo = min(0, x), hi = max(0, x), scale = max(hi - lo, 1e-12) / 15, zero = round(-lo / scale)
-      byte scales [.., rows, ceil(k/32)], e8m0, 2^e >= amax / max: "mxfp8", "mxfp8_e5m2", "mxfp4"
+      byte scales [.., rows, ceil(k/32)], e8m0, 2^e >= amax / max: "mxfp8", "mxfp8_e5m2", "mxfp4"; zeros where e is -127 (numerics.md)
       byte scales [.., rows, ceil(k/16)], e4m3, times a float32 tensor scale: "nvfp4" (one), "nvfp4_row" (one per row)
     4-bit formats pack two values a byte along k, which must be even.
     scale_layout: of byte scales, "linear", or "128x4" or "8x4" tiles, padded with zeros (scale_layout.py).
@@ -46,6 +45,9 @@ def quantize(x: Any, format: str | Format = "fp8_row", *, scale_layout: str = "l
     >>> q = cugemm.quantize(w, "fp8_row")
     >>> q = cugemm.quantize(w, "nvfp4", scale_layout="128x4")
     """
+    for role, value, example in (("format", format, "fp8_row"), ("scale_layout", scale_layout, "128x4")):
+        if type(value).__hash__ is None:
+            raise TypeError(f"quantize: {role} is a {type(value).__name__}; pass a name such as {example!r}.")
     options = _options(format, scale_layout, "")
     results = run(QUANTIZE, (x, tensor_scale, None, None), options)
     fmt = FORMATS[options.format]
@@ -72,6 +74,8 @@ def dequantize(q: Quantized, dtype: Any = "bfloat16") -> Any:
     """
     if type(q) is not Quantized:
         raise TypeError(f"dequantize: q is a {type(q).__name__}; pass a Quantized (cugemm.quantize returns one).")
+    if type(dtype).__hash__ is None:
+        raise TypeError(f"dequantize: dtype is a {type(dtype).__name__}, which is not a dtype; pass 'bfloat16', 'float16' or 'float32'.")
     if q.k_axis != q.ndim - 1:
         return swapped(dequantize(q.T, dtype))
     return run(DEQUANTIZE, (q.data, _scale(q), q.tensor_scale, q.zero), _options(q.format, q.scale_layout, dtype))

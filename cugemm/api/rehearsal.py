@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cugemm.arrays import HOST, Cupy, Jax, Spec, Torch, dtype_name, framework_of, is_scalar
-from cugemm.intake import check_aliasing, take
+from cugemm.intake import check_aliasing, check_scalar, take
 from cugemm.launch import recording
 from cugemm.quantized import Quantized
 
@@ -37,6 +37,9 @@ def rehearse(name: str, options: Hashable, body: Callable[..., Any], *arrays: An
     except (TypeError, ValueError):
         key, seen = (), None  # what cannot be read is refused below, by name
     if seen is not None:
+        for role, x in zip(seen, arrays, strict=True):  # a number's kind was seen, its value was not
+            if x is not None and is_scalar(x):
+                check_scalar(_Arguments(name, seen), role, x)
         check_out(name, dict(zip(seen, arrays, strict=True)))
         return
     called = tuple(roles or inspect.signature(body).parameters)
@@ -89,20 +92,20 @@ def reshaped(x: Any, shape: tuple[int, ...]) -> Any:
     return Spec(shape, x.dtype, device=x.device) if isinstance(x, Spec) else x.reshape(shape)
 
 
-def spec_of(x: Any) -> Any:
-    """The Spec of an array or of a Quantized's arrays; None and numbers stay."""
+def spec_of(x: Any, role: str = "argument") -> Any:
+    """The Spec of an array or of a Quantized's arrays; None and numbers stay. role: what messages call it."""
     if x is None or is_scalar(x) or isinstance(x, Spec):
         return x
     if type(x) is Quantized:
-        parts = {part: spec_of(getattr(x, part)) for part in _PARTS}
+        parts = {part: spec_of(getattr(x, part), role) for part in _PARTS}
         return replace(x, shape=(), **parts)
-    framework = framework_of(x, "argument")
+    framework = framework_of(x, role)
     if isinstance(framework, Jax):  # maybe a tracer, which has a shape and no device
         shape, dtype = tuple(x.shape), dtype_name(x.dtype)
         if dtype == "float4_e2m1fn" and shape:
             shape, dtype = (*shape[:-1], shape[-1] // 2), "float4_e2m1fn_x2"
         return Spec(shape, dtype, device=HOST)
-    view = framework.view(x, "argument")
+    view = framework.view(x, role)
     return Spec(view.shape, view.dtype, strides=view.strides, device=view.device)
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 from cugemm.api.common import choice, flag, shape_of, shown
-from cugemm.api.quantize import INTERLEAVE
 from cugemm.arrays import Cupy, Spec, Torch, framework_of, itemsize, numpy_dtype
-from cugemm.conversion import QuantizeOptions
+from cugemm.conversion import QuantizeOp, QuantizeOptions
 from cugemm.launch import run
+from cugemm.problem import register
+from cugemm.quantized import Quantized
 from cugemm.scale_layout import TILE_ROWS, SfLayout, name_of
 
+INTERLEAVE: QuantizeOp = register(QuantizeOp("block_scale_interleave", ("unswizzled_sf",), "interleave"))
+_SHUFFLE: QuantizeOp = register(QuantizeOp("shuffle_matrix_sf_a", ("input_tensor",), "interleave"))
 _TILES = QuantizeOptions("", scale_layout="128x4")
 
 
@@ -60,14 +64,14 @@ def shuffle_matrix_sf_a(input_tensor: Any, epilogue_tile_m: int, num_elts_per_sf
     shape = shape_of(name, "input_tensor", input_tensor)
     if len(shape) == 2 and shape[0] % TILE_ROWS["128x4"]:
         raise ValueError(f"{name}: input_tensor has shape {shape}; its rows must be a multiple of 128: pad them.")
-    return block_scale_interleave(_shuffled(name, input_tensor, epilogue_tile_m))
+    return shaped(run(_SHUFFLE, (_shuffled(name, input_tensor, epilogue_tile_m),), _TILES), (-1,))
 
 
 def _shuffled(name: str, x: Any, epilogue_tile_m: int) -> Any:
     shape = shape_of(name, "input_tensor", x)
     if len(shape) != 2:
         raise ValueError(f"{name}: input_tensor has shape {shape}; wanted [rows, k].")
-    if not isinstance(epilogue_tile_m, int) or epilogue_tile_m < 1:
+    if not isinstance(epilogue_tile_m, Integral) or isinstance(epilogue_tile_m, bool) or epilogue_tile_m < 1:
         raise ValueError(f"{name}: epilogue_tile_m is {shown(epilogue_tile_m)}; wanted the rows of the kernel's tile, such as 128.")
     slab = 32 if epilogue_tile_m % 128 == 0 else 16
     if shape[0] % slab:
@@ -103,7 +107,7 @@ def tiles(name: str, is_sf_swizzled_layout: Any, is_sf_8x4_layout: Any) -> str:
 def shaped(x: Any, shape: tuple[int, ...]) -> Any:
     """x.reshape(shape); a Spec, which stands for an array while a call is planned, has no such method."""
     if not isinstance(x, Spec):
-        if not hasattr(x, "reshape"):
+        if not hasattr(x, "reshape") or type(x) is Quantized:
             raise TypeError(f"a {type(x).__name__} has no reshape; pass a torch, CuPy, JAX or NumPy array.")
         return x.reshape(shape)
     size = math.prod(n for n in shape if n >= 0)

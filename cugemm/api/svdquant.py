@@ -114,7 +114,6 @@ def _linear(
     return _multiply(_LINEAR, _options(_LINEAR, "auto"), a, b, a_sf, b_sf, alpha, d, l1, bias, None)
 
 
-@functools.lru_cache(maxsize=16)
 def _options(ops: _Ops, backend: str) -> tuple[GemmOptions, GemmOptions]:
     """Options of the low-rank product and of the residual one."""
     fixed: dict[str, Any] = {}
