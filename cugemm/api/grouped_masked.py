@@ -13,13 +13,20 @@ from cugemm.problem import product as register
 from cugemm.quantized import Quantized
 from cugemm.scales import ceil_div
 
-_CALLED = {"a": "lhs[0]", "b": "rhs[0]", "a_scale": "lhs[1]", "b_scale": "rhs[1]", "segments": "masked_m", "b_tensor_scale": "alpha",
-           "out_dtype": "c_dtype"}  # fmt: skip
+_CALLED = {
+    "a": "lhs[0]", "b": "rhs[0]", "a_scale": "lhs[1]", "b_scale": "rhs[1]", "segments": "masked_m", "b_tensor_scale": "alpha",
+    "out_dtype": "c_dtype",
+}  # fmt: skip
 _MASKED = register("grouped_gemm_nt_masked", (*FLOATS8, E2M1X2.name), (*FLOATS8, E2M1X2.name), ranks=(3,), called=_CALLED)
 _ELEMENTS = {"float4_e2m1fn": E2M1X2, "float8_e4m3fn": E4M3, "float8_e5m2": E5M2}
 _SCALES = {"float8_e4m3fn": E4M3, "float8_e8m0fnu": E8M0}
-_KINDS = (("float4_e2m1fn", "float8_e4m3fn", 16), ("float4_e2m1fn", "float8_e8m0fnu", 32), ("float8_e4m3fn", "float8_e8m0fnu", 32),
-          ("float8_e5m2", "float8_e8m0fnu", 32))  # fmt: skip
+_KINDS = (
+    ("float4_e2m1fn", "float8_e4m3fn", 16),
+    ("float4_e2m1fn", "float8_e8m0fnu", 32),
+    ("float8_e4m3fn", "float8_e8m0fnu", 32),
+    ("float8_e5m2", "float8_e8m0fnu", 32),
+)
+"""ab_dtype, sf_dtype and sf_vec_size that go together."""
 _FUSED = (
     "topk_weights", "idx_src_info", "rank_src_info", "out_ptrs", "num_ranks", "dst_signals", "barrier_flag_local",
     "barrier_flag_multicast", "is_combine_fusion", "is_swap_ab",
@@ -81,8 +88,7 @@ def grouped_gemm_nt_masked(
         raise op.error(f"{sizes[0]} and {sizes[1]} differ in k or in groups; wanted [m, k, groups] and [n, k, groups].")
     if out is not None and shape_of(op.name, "out", out) != (a.shape[1], b.shape[1], a.shape[0]):
         raise op.error(f"out has shape {shape_of(op.name, 'out', out)}; wanted [m, n, groups], {(a.shape[1], b.shape[1], a.shape[0])}.")
-    groups = a.shape[0]
-    check_alpha(op, alpha, ((groups,), (1, 1, groups)))
+    check_alpha(op, alpha, ((a.shape[0],), (1, 1, a.shape[0])))
     if alpha is not None and not is_scalar(alpha) and len(shape_of(op.name, "alpha", alpha)) == 3:
         alpha = shaped(_turnable("alpha", alpha), (-1,))
     if c_dtype is None:
@@ -117,10 +123,9 @@ def _operand(role: str, given: Any, element: Element, vector: int) -> tuple[Any,
         wanted = (32, 4, ceil_div(rows, 128), 4, ceil_div(k, 4 * vector), groups)
         if scales != wanted:
             raise op.error(f"{role}[1] has shape {scales}, but {role}[0] is {shape}; wanted {wanted}, one scale for each {vector} values.")
-        tiles = swapped_axes(
-            _turnable(f"{role}[1]", scale), (3, 5), (2, 4), (1, 4), (0, 3)
-        )  # axes group, tile row, tile column, row, slab, block
-        scale = shaped(shaped(tiles, (-1,)), (groups, 128 * wanted[2], 4 * wanted[4]))  # flat first: other orders of memory are copied
+        # To axes group, tile row, tile column, row, slab, block; then flat, which copies other orders of memory.
+        tiles = swapped_axes(_turnable(f"{role}[1]", scale), (3, 5), (2, 4), (1, 4), (0, 3))
+        scale = shaped(shaped(tiles, (-1,)), (groups, 128 * wanted[2], 4 * wanted[4]))
     return _groups_first(f"{role}[0]", x), scale
 
 
