@@ -12,7 +12,7 @@ from cugemm.problem import product as register
 
 _ELEMENTS = (*FLOATS16, *FLOATS8)
 _ROLES = {"a": "x", "b": "weights", "experts": "weight_indices"}
-_BY_INDEX = register("SegmentGEMMWrapper.run(expert_indices)", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "expert_indices"})
+_BY_INDEX = register("SegmentGEMMWrapper.forward", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "expert_indices"})
 _BY_INDPTR = register("SegmentGEMMWrapper.run", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "seg_indptr"})
 _BY_LENS = register("SegmentGEMMWrapper.run(seg_lens)", _ELEMENTS, _ELEMENTS, called={**_ROLES, "segments": "seg_lens"})
 
