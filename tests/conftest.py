@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ def _required(config: pytest.Config) -> set[str]:
 
 
 def _installed(module: str) -> bool:
+    if module == "g++":
+        return shutil.which(module) is not None
     return importlib.util.find_spec(module) is not None
 
 

@@ -35,12 +35,7 @@ __device__ __forceinline__ u32 encode_fp8(float x) {
 template <int kElement>
 __device__ __forceinline__ u32 encode_fp8x2(float low, float high) {
 #if __CUDA_ARCH__ >= 890
-    u16 r;
-    if constexpr (kElement == kE4m3)
-        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
-    else
-        asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
-    return r;
+    return kElement == kE4m3 ? encode_e4m3_sm89(low, high) : encode_e5m2_sm89(low, high);
 #else
     return encode_fp8<kElement>(low) | encode_fp8<kElement>(high) << 8;
 #endif

@@ -30,33 +30,16 @@ constexpr int kChunkValues = kPacked<kElement>                          ? 32
                              : (kElement == kBf16 || kElement == kFp16) ? 8
                                                                         : 16;
 
-__device__ __forceinline__ u32 multiply_fp16x2(u32 a, u32 b) {
-    u32 r;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-}
-
 __device__ __forceinline__ u32 multiply_bf16x2(u32 a, u32 b) {
-    u32 r;
 #if __CUDA_ARCH__ >= 900
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return multiply_bf16x2_sm90(a, b);
 #else
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));  // -0.0 keeps the sign of a zero product
+    return multiply_add_bf16x2(a, b, 0x80008000u);  // -0.0 keeps the sign of a zero product
 #endif
-    return r;
 }
 
-__device__ __forceinline__ u32 subtract_fp16x2(u32 a, u32 b) {
-    u32 r;
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-}
-
-__device__ __forceinline__ u32 subtract_bf16x2(u32 a, u32 b) {  // a - 1 * b; sub.bf16x2 came with sm_90
-    u32 r;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(b), "r"(0xBF80BF80u), "r"(a));
-    return r;
-}
+// a - 1 * b; sub.bf16x2 came with sm_90.
+__device__ __forceinline__ u32 subtract_bf16x2(u32 a, u32 b) { return multiply_add_bf16x2(b, 0xBF80BF80u, a); }
 
 // 0x8000 in each half whose bits under `mask` are all ones; `step` is the lowest bit of the mask.
 __device__ __forceinline__ u32 all_ones(u32 x, u32 mask, u32 step) { return ((x & mask) + step) & 0x80008000u; }
@@ -89,14 +72,6 @@ __device__ __forceinline__ u32 decode_spread(u32 x) {
                        : multiply_fp16x2(sign | ((x & 0x7F007F00u) >> 1), 0x5C005C00u) | (nan - (nan >> 6));  // 2^8
     }
 }
-
-#if __CUDA_ARCH__ >= 890
-__device__ __forceinline__ u32 decode_e4m3_fp16(u16 codes) {
-    u32 r;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(codes));
-    return r;
-}
-#endif
 
 // Four 8-bit codes -> four values.
 template <int kElement, bool kToBf16>

@@ -1,28 +1,7 @@
-// One PTX instruction = one tiny function. Leaf header: includes nothing, knows no format and no tile.
+// One PTX instruction = one tiny function; no other header has PTX. Knows no format and no tile. tests/emulator/ptx.cuh says the same in C++.
 #pragma once
 
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-using i8 = signed char;
-using i16 = short;
-using i32 = int;
-using i64 = long long;
-
-struct alignas(16) Chunk {  // the unit of every vector access: 16 bytes
-    u32 word[4];
-};
-
-template <class T>
-__device__ __forceinline__ constexpr T smaller(T a, T b) {
-    return a < b ? a : b;
-}
-template <class T>
-__device__ __forceinline__ constexpr T larger(T a, T b) {
-    return a > b ? a : b;
-}
-__device__ __forceinline__ constexpr i32 ceil_div(i32 a, i32 b) { return a / b + (a % b != 0); }  // no overflow near INT_MAX
+#include "common/types.cuh"
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
@@ -182,5 +161,44 @@ __device__ __forceinline__ u32 maximum_or_nan_fp16x2(u32 a, u32 b) {
 __device__ __forceinline__ u32 largest_of_warp(u32 v) {
     u32 r;
     asm volatile("redux.sync.max.u32 %0, %1, 0xFFFFFFFF;" : "=r"(r) : "r"(v));
+    return r;
+}
+
+// Two products, differences or sums of products at once, rounded to nearest even, subnormals kept.
+__device__ __forceinline__ u32 multiply_fp16x2(u32 a, u32 b) {
+    u32 r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ u32 subtract_fp16x2(u32 a, u32 b) {
+    u32 r;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ u32 multiply_bf16x2_sm90(u32 a, u32 b) {
+    u32 r;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ u32 multiply_add_bf16x2(u32 a, u32 b, u32 c) {
+    u32 r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+
+// sm_89 and up. Two codes, the first in the low byte.
+__device__ __forceinline__ u32 decode_e4m3_fp16(u16 codes) {
+    u32 r;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(codes));
+    return r;
+}
+__device__ __forceinline__ u16 encode_e4m3_sm89(float low, float high) {
+    u16 r;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+    return r;
+}
+__device__ __forceinline__ u16 encode_e5m2_sm89(float low, float high) {
+    u16 r;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
     return r;
 }

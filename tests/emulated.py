@@ -1,0 +1,113 @@
+"""Kernels without a GPU: inside `emulated()` calls on NumPy arrays run the launches that a GPU would get, compiled as C++ by g++.
+
+tests/emulator has what CUDA and PTX are to a kernel there. Schedules of threads are random and shared memory is poisoned, so that a missing
+barrier or wait shows. Nothing shows about speed, registers, or how the hardware rounds sums: here an MMA rounds once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from conftest import ROOT
+
+from cugemm import arch, host, launch, select
+from cugemm.arrays import View, numpy_dtype
+from cugemm.catalog import Step, Zero
+
+EMULATOR = ROOT / "tests" / "emulator"
+
+
+@functools.cache
+def _sources() -> Path:
+    """The kernels with the emulator's ptx.cuh among them, and shared memory that is an array."""
+    sources = Path(tempfile.mkdtemp(prefix="cugemm-emulator-"))
+    shutil.copytree(ROOT / "kernels", sources, dirs_exist_ok=True)
+    shutil.copy(EMULATOR / "ptx.cuh", sources / "common" / "ptx.cuh")
+    for kernel in sources.glob("*.cu"):
+        text = kernel.read_text()
+        kernel.write_text(text.replace("extern __shared__ u8 shared_bytes[];", "u8* const shared_bytes = emulator::shared;"))
+    return sources
+
+
+@functools.cache
+def _library(source: str, defines: tuple[tuple[str, int], ...], capability: int) -> ctypes.CDLL:
+    sources = _sources()
+    macros = [f"-D{name}={value}" for name, value in (*defines, ("__CUDA_ARCH__", capability))]
+    library = sources / f"{source}-{hashlib.md5(' '.join(macros).encode()).hexdigest()}.so"
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-ffp-contract=off", f"-I{sources}", f"-I{EMULATOR}"]
+    command = ["g++", *flags, *macros, f'-DSOURCE="{source}.cu"', f"-DENTRY={source}", str(EMULATOR / "main.cpp"), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"
+    return ctypes.CDLL(str(library))
+
+
+def _launch(step: Step, pointers: list[int], values: list[float], target: str, seed: int, eager: bool) -> None:
+    def pointer(position: int) -> int:
+        return 0 if position < 0 else pointers[position]
+
+    head = struct.pack(
+        f"<{len(step.pointers)}Q{len(step.scalars)}f", *map(pointer, step.pointers), *(values[p] if p >= 0 else 1.0 for p in step.scalars)
+    )
+    packed = head + step.tail
+    found = arch.get(target)
+    capability = 10 * (10 * found.capability[0] + found.capability[1])
+    library = _library(step.source, step.defines, capability)
+    code = library.launch(packed, len(packed), step.grid, step.threads, step.smem, seed, int(eager))
+    assert code == 0, {1: "threads wait for each other for ever", 2: "the host packs another argument struct"}[code]
+
+
+def _clear(zero: Zero, pointers: list[int]) -> None:
+    for row in range(zero.height):
+        ctypes.memset(pointers[zero.pointer] + zero.offset + row * zero.pitch, 0, zero.width)
+
+
+@contextmanager
+def emulated(target: str = "sm_90a", tile: int | None = None, seed: int = 1, eager: bool = False) -> Iterator[list[str]]:
+    """Yields the list of kernels that ran. tile: number of the config, instead of the cheapest. eager: copies happen at once."""
+    ran: list[str] = []
+    roles: tuple[str, ...] = ()
+    host_call, run = launch._host_call, host.run
+
+    def call_of(op: Any, *rest: Any) -> Any:
+        nonlocal roles
+        roles = op.roles
+        return host_call(op, *rest)
+
+    def run_steps(call: Any, views: tuple[Any, ...], options: Any, outputs: tuple[View, ...]) -> None:
+        if all(0 in view.shape for view in outputs):
+            return
+        choice = select.choose(call.problem._replace(arch=target), arch.H100)
+        kernel, config = choice.best.kernel, choice.best.config
+        if tile is not None and hasattr(call.problem, "scale_block"):
+            configs = kernel.candidates(choice.problem)
+            config = configs[tile % len(configs)]
+        scratch = [np.full(shape, 0x55, numpy_dtype(dtype)) for shape, dtype in call.workspaces]
+        table = [view.ptr if isinstance(view, View) else 0 for view in views]
+        made = [view.ptr for view in outputs]
+        if "out" in roles:
+            table[roles.index("out")] = made.pop(0)
+        table += [*made, *(x.ctypes.data for x in scratch)]
+        values = [view if isinstance(view, float) else 1.0 for view in views]
+        for step in kernel.steps(call, config):
+            if isinstance(step, Zero):
+                _clear(step, table)
+            elif step.grid:
+                _launch(step, table, values, target, seed, eager)
+                ran.append(step.source)
+
+    launch._host_call, host.run = call_of, run_steps  # type: ignore[assignment]
+    try:
+        yield ran
+    finally:
+        launch._host_call, host.run = host_call, run

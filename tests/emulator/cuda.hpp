@@ -1,0 +1,214 @@
+// What NVRTC gives a kernel, on one CPU thread: CUDA threads are fibers, which run until they wait for each other.
+//
+// A barrier lets nobody pass before all have come, and in between fibers run in another random order each time. Shared memory is poisoned
+// before each CTA. Asynchronous copies happen as late as allowed (when they are waited for) or at once, as the run asks.
+#pragma once
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <bit>  // and no larger header of C++: a library takes half a second to compile without them, and there are a hundred
+
+extern "C" {
+float fabsf(float), fmaf(float, float, float), fmaxf(float, float), fminf(float, float), ldexpf(float, int), sqrtf(float);
+double fabs(double);
+}
+
+#define __device__
+#define __forceinline__ inline
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct Dim {
+    unsigned x = 0, y = 0, z = 0;
+};
+struct uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+static Dim threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+struct Copy {
+    unsigned to, valid;
+    const void* from;
+};
+constexpr unsigned kMostThreads = 1024, kMostCopies = 64, kMostGroups = 16;
+struct Fiber {
+    ucontext_t context;
+    bool done;
+    unsigned thread;
+    Copy copy[kMostGroups][kMostCopies];  // asynchronous ones, by commit; group `last` is open
+    unsigned count[kMostGroups], first, last;
+};
+struct Barrier {
+    unsigned arrived = 0, generation = 0;
+};
+struct Warp {
+    Barrier barrier;
+    unsigned long long slot[32][6];  // what its lanes show each other
+};
+
+constexpr unsigned kSharedBytes = 232448, kStackBytes = 128 << 10;
+alignas(1024) static unsigned char shared[kSharedBytes];
+static unsigned shared_size, threads, seed;
+static bool eager;
+static unsigned long long progress;  // barriers passed and threads ended
+static Fiber fibers[kMostThreads];
+static Warp warps[kMostThreads / 32];
+static Barrier cta;
+static Fiber* self;
+static ucontext_t scheduler;
+
+[[noreturn]] inline void fail(const char* what, unsigned long long value = 0) {
+    fprintf(stderr, "emulator: %s (%llu), block %u, thread %u\n", what, value, blockIdx.x, threadIdx.x);
+    abort();
+}
+inline unsigned char* at(unsigned address, unsigned size) {
+    if (address % size || address + size > shared_size) fail("access outside shared memory, or not aligned, at", address);
+    return shared + address;
+}
+template <class T>
+T load(const void* p) {
+    T value;
+    if (reinterpret_cast<unsigned long long>(p) % sizeof(T)) fail("load is not aligned", reinterpret_cast<unsigned long long>(p));
+    memcpy(&value, p, sizeof value);
+    return value;
+}
+
+inline void wait(Barrier& barrier, unsigned count) {
+    const unsigned generation = barrier.generation;
+    if (++barrier.arrived == count) {
+        barrier.arrived = 0, ++barrier.generation, ++progress;
+        return;
+    }
+    while (barrier.generation == generation) swapcontext(&self->context, &scheduler);
+}
+inline Warp& warp() { return warps[self->thread / 32]; }
+inline unsigned lane() { return self->thread % 32; }
+inline void wait_for_warp() { wait(warp().barrier, threads - self->thread / 32 * 32 < 32 ? threads % 32 : 32); }
+
+// Every lane shows `value` and reads that of lane `from`.
+template <class T>
+T exchange(T value, unsigned from) {
+    memcpy(warp().slot[lane()], &value, sizeof value);
+    wait_for_warp();
+    T found;
+    memcpy(&found, warp().slot[from], sizeof found);
+    wait_for_warp();
+    return found;
+}
+
+inline void copy(const Copy& copy) {
+    unsigned char* to = at(copy.to, 16);
+    memcpy(to, copy.from, copy.valid);
+    memset(to + copy.valid, 0, 16 - copy.valid);
+}
+inline void copy_async(unsigned to, const void* from, unsigned valid) {
+    if (valid > 16 || reinterpret_cast<unsigned long long>(from) % 16) fail("asynchronous copy of, or not aligned", valid);
+    if (eager)
+        copy({to, valid, from});
+    else {
+        const unsigned group = self->last % kMostGroups, number = self->count[group]++;
+        if (number == kMostCopies) fail("more asynchronous copies than the emulator holds", number);
+        self->copy[group][number] = {to, valid, from};
+    }
+}
+inline void commit() {
+    if (++self->last - self->first == kMostGroups) fail("more groups of copies than the emulator holds", kMostGroups);
+    self->count[self->last % kMostGroups] = 0;
+}
+inline void wait_for_copies(unsigned pending) {
+    for (; self->last - self->first > pending; ++self->first)
+        for (unsigned i = 0; i < self->count[self->first % kMostGroups]; ++i) copy(self->copy[self->first % kMostGroups][i]);
+}
+
+inline unsigned random() { return (seed = seed * 1664525u + 1013904223u) >> 8; }
+
+// Runs a kernel: every CTA by itself, its fibers in turns from a random one on. 0 if all threads came to an end.
+template <class Kernel>
+int run(unsigned grid, unsigned block, Kernel kernel) {
+    static Kernel* entry;
+    static char* const stacks = static_cast<char*>(malloc(static_cast<size_t>(kMostThreads) * kStackBytes));
+    if (block > kMostThreads) fail("a CTA of too many threads", block);
+    entry = &kernel;
+    threads = block, blockDim.x = block, gridDim.x = grid;
+    for (unsigned number = 0; number < grid; ++number) {
+        blockIdx.x = number;
+        memset(shared, 0xFF, shared_size);
+        cta = {};
+        for (Warp& warp : warps) warp.barrier = {};
+        for (unsigned i = 0; i < block; ++i) {
+            Fiber& fiber = fibers[i];
+            fiber.thread = i, fiber.done = false, fiber.first = fiber.last = fiber.count[0] = 0;
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = stacks + static_cast<size_t>(i) * kStackBytes;
+            fiber.context.uc_stack.ss_size = kStackBytes;
+            fiber.context.uc_link = &scheduler;
+            makecontext(&fiber.context, [] { (*entry)(), self->done = true, ++progress; }, 0);
+        }
+        for (unsigned left = block; left;) {
+            const unsigned first = random() % block;
+            const unsigned long long before = progress;
+            for (unsigned i = 0; i < block; ++i) {
+                Fiber& fiber = fibers[(first + i) % block];
+                if (fiber.done) continue;
+                self = &fiber, threadIdx.x = fiber.thread;
+                swapcontext(&scheduler, &fiber.context);
+                left -= fiber.done;
+            }
+            if (progress == before) return 1;  // all that are left wait for what never comes
+        }
+    }
+    return 0;
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::wait(emulator::cta, emulator::threads); }
+inline void __syncwarp() { emulator::wait_for_warp(); }
+template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+    return emulator::exchange(value, static_cast<unsigned>(from));
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned distance) {
+    const unsigned lane = emulator::lane();
+    return emulator::exchange(value, lane >= distance ? lane - distance : lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, unsigned mask) {
+    return emulator::exchange(value, emulator::lane() ^ mask);
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+    unsigned votes = 0;
+    for (unsigned i = 0; i < 32; ++i) votes |= emulator::exchange<unsigned>(vote, i) << i;
+    return votes;
+}
+inline int __reduce_add_sync(unsigned, int value) {
+    int sum = 0;
+    for (unsigned i = 0; i < 32; ++i) sum += emulator::exchange(value, i);
+    return sum;
+}
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+template <class T>
+T atomicMax(T* p, T x) {
+    const T old = *p;
+    if (x > old) *p = x;
+    return old;
+}

@@ -1,0 +1,12 @@
+// One kernel as a shared library: SOURCE is its file, ENTRY its function; other macros are the kernel's own.
+#include "cuda.hpp"
+
+#include SOURCE
+
+extern "C" int launch(const void* packed, unsigned size, unsigned grid, unsigned block, unsigned shared_size, unsigned seed, int eager) {
+    if (size != sizeof(Args)) return 2;
+    static Args args;
+    memcpy(&args, packed, size);
+    emulator::shared_size = shared_size, emulator::seed = seed, emulator::eager = eager;
+    return emulator::run(grid, block, [] { ENTRY(args); });
+}
