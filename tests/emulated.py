@@ -6,6 +6,7 @@ barrier or wait shows. Nothing shows about speed, registers, or how the hardware
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -32,6 +33,7 @@ EMULATOR = ROOT / "tests" / "emulator"
 def _sources() -> Path:
     """The kernels with the emulator's ptx.cuh among them, and shared memory that is an array."""
     sources = Path(tempfile.mkdtemp(prefix="cugemm-emulator-"))
+    atexit.register(shutil.rmtree, sources, ignore_errors=True)
     shutil.copytree(ROOT / "kernels", sources, dirs_exist_ok=True)
     shutil.copy(EMULATOR / "ptx.cuh", sources / "common" / "ptx.cuh")
     for kernel in sources.glob("*.cu"):
@@ -63,8 +65,10 @@ def _launch(step: Step, pointers: list[int], values: list[float], target: str, s
     found = arch.get(target)
     capability = 10 * (10 * found.capability[0] + found.capability[1])
     library = _library(step.source, step.defines, capability)
+    library.failure.restype = ctypes.c_char_p
     code = library.launch(packed, len(packed), step.grid, step.threads, step.smem, seed, int(eager))
-    assert code == 0, {1: "threads wait for each other for ever", 2: "the host packs another argument struct"}[code]
+    said = library.failure().decode()
+    assert code == 0, {1: "threads wait for each other for ever", 2: "the host packs another argument struct"}.get(code, said)
 
 
 def _clear(zero: Zero, pointers: list[int]) -> None:

@@ -161,20 +161,22 @@ extern "C" __global__ void faulty(const __grid_constant__ Args args) {
     if (args.fault != 1) copy_async_wait<0>();
     if (args.fault == 4 && threadIdx.x == 0) return;
     if (args.fault != 2) __syncthreads();
+    if (args.fault == 5) store_shared_16(at + 960, 0, 0, 0, 0);
     reinterpret_cast<Chunk*>(args.to)[threadIdx.x] = reinterpret_cast<const Chunk*>(shared_bytes)[threadIdx.x ^ 32];
 }
 """
 
 
-@pytest.mark.parametrize("fault", range(5), ids=["none", "no wait", "no barrier", "a hole", "not all come"])
+@pytest.mark.parametrize("fault", range(6), ids=["none", "no wait", "no barrier", "a hole", "not all come", "beyond shared memory"])
 def test_faults_show(fault: int) -> None:
     sources = emulated._sources()
     (sources / "faulty.cu").write_text(FAULTY.replace("extern __shared__ u8 shared_bytes[];", "u8* const shared_bytes = emulator::shared;"))
     given, got = np.arange(256, dtype=np.uint32), np.zeros(256, np.uint32)
     step = Step("faulty", (), 1, 64, 1024, (0, 1), (), np.array([fault, 0], np.int32).tobytes())
     run = lambda: emulated._launch(step, [given.ctypes.data, got.ctypes.data], [], "sm_90a", 7, False)  # noqa: E731
-    if fault == 4:
-        with pytest.raises(AssertionError, match="wait for each other for ever"):
+    if fault >= 4:
+        what = "wait for each other for ever" if fault == 4 else "access outside shared memory"
+        with pytest.raises(AssertionError, match=what):
             run()
         return
     run()

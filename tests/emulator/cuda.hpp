@@ -72,9 +72,12 @@ static Barrier cta;
 static Fiber* self;
 static ucontext_t scheduler;
 
-[[noreturn]] inline void fail(const char* what, unsigned long long value = 0) {
-    fprintf(stderr, "emulator: %s (%llu), block %u, thread %u\n", what, value, blockIdx.x, threadIdx.x);
-    abort();
+static char failure[200];  // what went wrong, empty while nothing did
+
+// Ends the run: this thread does not go on.
+inline void fail(const char* what, unsigned long long value) {
+    snprintf(failure, sizeof failure, "%s (%llu), block %u, thread %u", what, value, blockIdx.x, threadIdx.x);
+    swapcontext(&self->context, &scheduler);
 }
 inline unsigned char* at(unsigned address, unsigned size) {
     if (address % size || address + size > shared_size) fail("access outside shared memory, or not aligned, at", address);
@@ -142,7 +145,8 @@ template <class Kernel>
 int run(unsigned grid, unsigned block, Kernel kernel) {
     static Kernel* entry;
     static char* const stacks = static_cast<char*>(malloc(static_cast<size_t>(kMostThreads) * kStackBytes));
-    if (block > kMostThreads) fail("a CTA of too many threads", block);
+    if (block > kMostThreads) return 3;
+    failure[0] = 0;
     entry = &kernel;
     threads = block, blockDim.x = block, gridDim.x = grid;
     for (unsigned number = 0; number < grid; ++number) {
@@ -167,6 +171,7 @@ int run(unsigned grid, unsigned block, Kernel kernel) {
                 if (fiber.done) continue;
                 self = &fiber, threadIdx.x = fiber.thread;
                 swapcontext(&scheduler, &fiber.context);
+                if (failure[0]) return 3;
                 left -= fiber.done;
             }
             if (progress == before) return 1;  // all that are left wait for what never comes

@@ -3,6 +3,8 @@
 
 #include SOURCE
 
+extern "C" const char* failure() { return emulator::failure; }
+
 extern "C" int launch(const void* packed, unsigned size, unsigned grid, unsigned block, unsigned shared_size, unsigned seed, int eager) {
     if (size != sizeof(Args)) return 2;
     static Args args;
