@@ -69,9 +69,9 @@ def load(step: Step, arch_name: str, device: int) -> compile.Loaded:
             found = _FUNCTIONS.get(key)
             if found is None:
                 found = compile.load(step.source, arch.get(arch_name), dict(step.defines), step.source, device)
-                if step.smem > 48 * 1024:
+                if step.smem:  # how much a launch takes may depend on its sizes
                     with driver.on_device(device):
-                        driver.set_max_dynamic_smem(found.function, step.smem)
+                        driver.set_max_dynamic_smem(found.function, arch.get(arch_name).max_smem)
                 _FUNCTIONS[key] = found
     return found
 

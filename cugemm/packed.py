@@ -19,6 +19,10 @@ _pack_stream = struct.Struct("<Q").pack_into
 _pack_float = struct.Struct("<f").pack_into
 
 
+_PDL = driver.LaunchAttribute(id=driver.PROGRAMMATIC_STREAM_SERIALIZATION)
+_PDL.value[0] = 1
+
+
 class _Thread(threading.local):
     """Each thread packs its launches into memory of its own, because the driver call releases the GIL (R15)."""
 
@@ -80,7 +84,7 @@ def pack(
     head = struct.Struct(f"<{len(step.pointers)}Q{len(step.scalars)}f")
     args = head.pack(*[0] * len(step.pointers), *[1.0] * len(step.scalars)) + step.tail
     assert len(args) <= _MAX_ARGS and len(step.pointers) > 1
-    config = _CONFIG.pack(step.grid, 1, 1, step.threads, 1, 1, step.smem, 0, 0, 0)
+    config = _CONFIG.pack(step.grid, 1, 1, step.threads, 1, 1, step.smem, 0, ctypes.addressof(_PDL) if step.pdl else 0, int(step.pdl))
     scalars = tuple((scalars_at + 4 * i, position) for i, position in enumerate(step.scalars) if by_value[position])
     picked = itemgetter(*map(place, step.pointers))
     return Launch(function(step), config, args, picked, struct.Struct(f"<{len(step.pointers)}Q").pack_into, scalars, device)

@@ -68,6 +68,8 @@ class Problem(NamedTuple):
     backend: str
     arch: str = ""
     device: int = 0
+    pdl: str = ""
+    batch_invariant: bool = False
 
     def __str__(self) -> str:
         where = f" on {self.arch}" if self.arch else ""
@@ -102,6 +104,9 @@ class GemmOptions(NamedTuple):
     accumulate: str = "fast"
     segments: str = ""  # what SEGMENTS holds: "indices", "indptr", "lens" or "masked"
     backend: str = "auto"
+    pdl: bool = False
+    static_weights: bool = False
+    batch_invariant: bool = False
 
 
 class GemmCall(NamedTuple):
@@ -269,6 +274,7 @@ class GemmOp(NamedTuple):
             a_scale.element if a_scale else "", b_scale.element if b_scale else "", zero is not None,
             min((s.block[1] for s in (a_scale, b_scale) if s is not None and s.by_k), default=0),
             a_major, b_major, vector, out_dtype, options.accumulate, options.backend,
+            pdl=("static" if options.static_weights else "prefetch") if options.pdl else "", batch_invariant=options.batch_invariant,
         )  # fmt: skip
         return GemmCall(
             problem, ((out_shape, out_dtype),), _segment_workspaces(options.segments, segments, m), m, n, k_a,

@@ -44,5 +44,7 @@ def choose(problem: Any, device: Device) -> Choice:
     if not willing:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
         raise NoKernelError(f"no kernel for {problem}: {reasons}.")
-    ranking = [Ranked(kernel, config, kernel.cost(problem, config, device)) for kernel in willing for config in kernel.candidates(problem)]
+    ranking = [
+        Ranked(kernel, config, kernel.cost(problem, config, device)) for kernel in willing for config in kernel.candidates(problem, device)
+    ]
     return Choice(problem, tuple(sorted(ranking, key=lambda r: r.us)), refused)

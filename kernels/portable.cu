@@ -15,44 +15,12 @@
 // Not handled: wgmma and TMA (see the hopper kernels), packed values contiguous along m or n, grouped A contiguous along m with VECTOR
 // (its segments start unaligned), block bytes beside values contiguous along m or n with VECTOR, blocks of fewer than 32 k with floats.
 // Learned from: the multistage pipeline of CUTLASS's sm_80 mainloop, gau-nernst's learn-cuda (swizzle, register double buffer).
+#include "common/args.cuh"
 #include "common/epilogue.cuh"
 #include "common/loaders.cuh"
 #include "common/numbers.cuh"
 #include "common/ptx.cuh"
 #include "common/schedule.cuh"
-
-// How one array of scales (or zero points) covers its operand: "<3q6i".
-struct ScaleArgs {
-    i64 row, block, matrix;  // elements from one row block, one k block (tiled: one tile of rows, one tile) and one matrix to the next
-    i32 shift, rows;         // log2 of the values along k, and rows, that share a scale
-    i32 type, tile_rows;     // element code; 1 row-major, 128 or 8 tiled
-    i32 place, unused;       // whose rows: 0 the operand's own, 1 those of all matrices in a row, 4 or 128 segments begin at multiples
-};
-
-// Python packs this struct as "<14Q3f7i10q" + 5 ScaleArgs + "2q4i". Strides count stored values (bytes for packed ones); null pointers say
-// "not there".
-struct Args {
-    u64 a, b, out;
-    u64 a_scale, b_scale;             // of blocks along k: bytes, or floats if SCALE_BLOCK
-    u64 a_outer, b_outer, b_zero;     // floats that wait for the epilogue (null: the values below); zero points
-    u64 alpha, bias;                  // alpha null: the value below
-    u64 indptr, row_map, expert_map;  // grouped: i32 [batch + 1] (masked: rows of each batch), i32 [m] or null, i32 [batch] or null
-    u64 gather;                       // i32 [m] or null: row of A for each row of the result
-    float a_outer_value, b_outer_value, alpha_value;
-    i32 m, n, k;
-    i32 batch;             // products, or segments when grouped
-    i32 experts;           // grouped: matrices in B
-    i32 a_rows, a_repeat;  // rows of A; rows of the result that one of them gives
-    i64 a_row, a_k, a_batch;
-    i64 b_column, b_k, b_batch;  // grouped: b_batch, the matrix strides of B's scales and bias_expert step from expert to expert
-    i64 b_panel;                 // what a step of 128 along k adds to 128 * b_k
-    i64 out_row, out_column, out_batch;
-    ScaleArgs a_scales, b_scales, a_outers, b_outers, b_zeros;
-    i64 bias_expert, bias_row;
-    i32 alpha_type, bias_type, out_type;
-    i32 grouped;  // 0 dense, 1 segments, 2 masked
-};
-static_assert(sizeof(Args) == 504, "the host packs this layout");
 
 constexpr int kPlanesA = kComputeBf16 && A_ELEMENT == kFp16 ? 2 : 1;
 constexpr int kPlanesB = kComputeBf16 && B_ELEMENT == kFp16 ? 2 : 1;
@@ -344,7 +312,7 @@ __device__ __forceinline__ void store_result(const Args& args, const Work& work,
         const i32 at = smaller(column + c, args.n - 1);
         const i64 block = at / args.b_outers.rows;
         column_scale[c] = b_scale ? load_float(b_scale, block * args.b_outers.row, args.b_outers.type) : args.b_outer_value;
-        bias_value[c] = bias ? load_float(bias, at, args.bias_type) : 0.f;
+        bias_value[c] = bias && !own_bias ? load_float(bias, at, args.bias_type) : 0.f;
     }
     const i32 begin = first_scale_row(args.a_outers, work, work.row_begin, args.m);
 #pragma unroll 1
@@ -355,8 +323,11 @@ __device__ __forceinline__ void store_result(const Args& args, const Work& work,
         for (int r = 0; r < kBatch; ++r) {
             const i32 source = a.row(first + r * kRowStep);
             row[r] = source < 0 ? -1 : a.result_row(first + r * kRowStep);
-            const i64 block = (source < 0 ? 0 : begin < 0 ? source : begin + first + r * kRowStep) / args.a_outers.rows;
-            row_scale[r] = a_scale ? load_float(a_scale, block * args.a_outers.row, args.a_outers.type) : args.a_outer_value;
+            row_scale[r] = args.a_outer_value;
+            if (a_scale) {
+                const i64 block = (source < 0 ? 0 : begin < 0 ? source : begin + first + r * kRowStep) / args.a_outers.rows;
+                row_scale[r] = load_float(a_scale, block * args.a_outers.row, args.a_outers.type);
+            }
         }
 #pragma unroll
         for (int r = 0; r < kBatch; ++r) {
@@ -369,9 +340,11 @@ __device__ __forceinline__ void store_result(const Args& args, const Work& work,
                 x[0] += v.x, x[1] += v.y, x[2] += v.z, x[3] += v.w;
             }
 #pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                x[c] = x[c] * row_scale[r] * column_scale[c] * alpha;
-                x[c] += own_bias && c < columns ? load_float(bias, row[r] * args.bias_row + column + c, args.bias_type) : bias_value[c];
+            for (int c = 0; c < 4; ++c) x[c] = x[c] * row_scale[r] * column_scale[c] * alpha + bias_value[c];
+            if (own_bias) {
+#pragma unroll
+                for (int c = 0; c < 4; ++c)
+                    if (c < columns) x[c] += load_float(bias, row[r] * args.bias_row + column + c, args.bias_type);
             }
             const i64 index = work.batch * args.out_batch + row[r] * args.out_row + column * args.out_column;
             store_four(args.out, index, args.out_column, args.out_type, x, columns);

@@ -38,7 +38,7 @@ def _sources() -> Path:
     shutil.copy(EMULATOR / "ptx.cuh", sources / "common" / "ptx.cuh")
     for kernel in sources.glob("*.cu"):
         text = kernel.read_text()
-        kernel.write_text(text.replace("extern __shared__ u8 shared_bytes[];", "u8* const shared_bytes = emulator::shared;"))
+        kernel.write_text(text.replace("extern __shared__ u8 shared_bytes[];", "u8* const shared_bytes = emulator::memory();"))
     return sources
 
 
@@ -94,7 +94,7 @@ def emulated(target: str = "sm_90a", tile: int | None = None, seed: int = 1, eag
         choice = select.choose(call.problem._replace(arch=target), arch.H100)
         kernel, config = choice.best.kernel, choice.best.config
         if tile is not None and hasattr(call.problem, "scale_block"):
-            configs = kernel.candidates(choice.problem)
+            configs = kernel.candidates(choice.problem, arch.H100)
             config = configs[tile % len(configs)]
         scratch = [np.full(shape, 0x55, numpy_dtype(dtype)) for shape, dtype in call.workspaces]
         table = [view.ptr if isinstance(view, View) else 0 for view in views]

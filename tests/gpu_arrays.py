@@ -138,7 +138,7 @@ def planned(tile: int | None = None, target: str = "native") -> Iterator[None]:
         found = choose(problem, device)
         if tile is None or not hasattr(problem, "scale_block"):
             return found
-        configs = found.best.kernel.candidates(problem)
+        configs = found.best.kernel.candidates(problem, device)
         best = next(r for r in found.ranking if r.config == configs[tile % len(configs)])
         return found._replace(ranking=(best, *(r for r in found.ranking if r is not best)))
 

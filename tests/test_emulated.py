@@ -170,7 +170,9 @@ extern "C" __global__ void faulty(const __grid_constant__ Args args) {
 @pytest.mark.parametrize("fault", range(6), ids=["none", "no wait", "no barrier", "a hole", "not all come", "beyond shared memory"])
 def test_faults_show(fault: int) -> None:
     sources = emulated._sources()
-    (sources / "faulty.cu").write_text(FAULTY.replace("extern __shared__ u8 shared_bytes[];", "u8* const shared_bytes = emulator::shared;"))
+    (sources / "faulty.cu").write_text(
+        FAULTY.replace("extern __shared__ u8 shared_bytes[];", "u8* const shared_bytes = emulator::memory();")
+    )
     given, got = np.arange(256, dtype=np.uint32), np.zeros(256, np.uint32)
     step = Step("faulty", (), 1, 64, 1024, (0, 1), (), np.array([fault, 0], np.int32).tobytes())
     run = lambda: emulated._launch(step, [given.ctypes.data, got.ctypes.data], [], "sm_90a", 7, False)  # noqa: E731

@@ -90,7 +90,7 @@ class Choice(NamedTuple):
         )  # fmt: skip
 
     def candidates(self) -> tuple[portable.Config, ...]:
-        return portable.KERNEL.candidates(self.question())
+        return portable.KERNEL.candidates(self.question(), arch.H100)
 
 
 OTHERS = tuple(itertools.product(TILES, ("k", "mn"), ("k", "mn"), (True, False), SCALE_BLOCKS))
@@ -207,7 +207,7 @@ def jobs_of(target: str) -> list[Job]:
     for row in cover():
         if row.arch == target:
             question = row.question()
-            config = portable.KERNEL.candidates(question)[row.tile]
+            config = portable.KERNEL.candidates(question, arch.H100)[row.tile]
             for step in portable.KERNEL.steps(template._replace(problem=question), config):
                 add(step)
     for call in layer_calls():

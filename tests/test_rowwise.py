@@ -11,7 +11,7 @@ import pytest
 from test_api import FRAMEWORKS, Framework, from_torch, to_torch
 
 import cugemm
-from cugemm import Spec, launch, problem
+from cugemm import Spec, arch, launch, problem
 from cugemm.api.rowwise import combine, silu_and_mul
 from cugemm.arrays import View, dense_strides
 from cugemm.catalog import rows
@@ -263,11 +263,11 @@ def test_steps_cover_every_value() -> None:
     spec = lambda shape, dtype, strides=None: View(0, shape, strides or dense_strides(shape), dtype, 0)  # noqa: E731
     op = problem.OPS["combine"]
     call = op.check((spec((3, 2, 2049), FP16), spec((3, 2), F32), None, None), RowsOptions())
-    (step,) = rows.KERNEL.steps(call, *rows.KERNEL.candidates(call.problem))
+    (step,) = rows.KERNEL.steps(call, *rows.KERNEL.candidates(call.problem, arch.H100))
     assert (step.grid, step.threads, step.pointers, dict(step.defines)) == (4, 256, (0, 1, 2, 3), {"MODE": 0, "X_ELEMENT": 1})
     wide = spec((2**20, 2**17, 8), BF16)
     call = problem.OPS["silu_and_mul"].check((wide, None, None), RowsOptions(gate="second"))
-    (step,) = rows.KERNEL.steps(call, *rows.KERNEL.candidates(call.problem))
+    (step,) = rows.KERNEL.steps(call, *rows.KERNEL.candidates(call.problem, arch.H100))
     assert (call.batch, call.rows, call.columns, step.grid) == (1, 2**37, 4, 2**29)
     assert step.pointers == (0, -1, 1, 2) and len(step.tail) + 32 == 160
 

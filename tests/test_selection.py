@@ -96,7 +96,7 @@ def test_few_configs_for_a_weight(target: str) -> None:
             for m, vector, grouped in itertools.product((1, 16, 64, 256, 4374, 100_000), (True, False), (False, True))
             for kernel in KERNELS
             if kernel.refuse(problem := question(m, n, k, a, b, target, vector=vector, grouped=grouped, scale_block=block)) is None
-            for config in kernel.candidates(problem)
+            for config in kernel.candidates(problem, arch.H100)
         }
         assert 1 <= len(configs) <= 16, (a, b, n, k, sorted(map(str, configs)))
 
@@ -113,7 +113,7 @@ def shared_memory(problem: Problem, config: portable.Config) -> int:
 def test_shared_memory_is_what_the_kernel_says_and_fits(target: str) -> None:
     limit = arch.get(target).max_smem
     for problem in grid(target):
-        for config in portable.KERNEL.candidates(problem):
+        for config in portable.KERNEL.candidates(problem, arch.H100):
             assert portable._smem(problem, config) == shared_memory(problem, config) <= limit
             assert config.warps_k * config.block_m * config.block_n * 4 <= shared_memory(problem, config), "the sums reuse the stages"
             assert shared_memory(problem, config) + 1024 <= arch.get(target).smem_per_sm
@@ -123,7 +123,7 @@ def test_shared_memory_is_what_the_kernel_says_and_fits(target: str) -> None:
 def test_configs_satisfy_the_kernel(target: str) -> None:
     """The static assertions of portable.cu, which CI only reaches for what it compiles."""
     for problem in grid(target):
-        for c in portable.KERNEL.candidates(problem):
+        for c in portable.KERNEL.candidates(problem, arch.H100):
             warp = (c.block_m // c.warps_m, c.block_n // c.warps_n, c.block_k // c.warps_k)
             assert all(size % 16 == 0 for size in warp)
             assert c.block_k % 64 == 0
@@ -166,7 +166,7 @@ def test_every_candidate_is_priced_monotonically() -> None:
     """Not only the best: more columns never make one config cheaper."""
     for vector, block, n in itertools.product((True, False), (0, 128), (128, 4096, 11008)):
         problem = question(64, n, a="e4m3", b="e4m3", vector=vector, scale_block=block)
-        for config in portable.KERNEL.candidates(problem):
+        for config in portable.KERNEL.candidates(problem, arch.H100):
             prices = [portable.KERNEL.cost(problem._replace(n=width), config, arch.H100) for width in (n, n + 1, 2 * n, 4 * n)]
             assert grows(prices), prices
 

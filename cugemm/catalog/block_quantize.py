@@ -41,7 +41,7 @@ class BlockQuantize:
             return "quantises with a scale for a part of a row"
         return None if problem.arch in ("", *arch.ARCHS) else "needs sm_80 or newer"
 
-    def candidates(self, problem: QuantizeProblem) -> tuple[Config, ...]:
+    def candidates(self, problem: QuantizeProblem, device: Device) -> tuple[Config, ...]:
         return (Config(_VALUES * _PIECES),)
 
     def cost(self, problem: QuantizeProblem, config: Config, device: Device) -> float:

@@ -67,7 +67,7 @@ class Quantize:
             return "quantises with a scale per array, row or block of rows"
         return None if problem.arch in ("", *arch.ARCHS) else "needs sm_80 or newer"
 
-    def candidates(self, problem: QuantizeProblem) -> tuple[Config, ...]:
+    def candidates(self, problem: QuantizeProblem, device: Device) -> tuple[Config, ...]:
         return (Config(_THREADS),)
 
     def cost(self, problem: QuantizeProblem, config: Config, device: Device) -> float:

@@ -34,7 +34,7 @@ class Rows:
             return "works on rows, does not multiply or convert matrices"
         return None if problem.arch in ("", *arch.ARCHS) else "needs sm_80 or newer"
 
-    def candidates(self, problem: RowsProblem) -> tuple[Config, ...]:
+    def candidates(self, problem: RowsProblem, device: Device) -> tuple[Config, ...]:
         return (Config(256),)
 
     def cost(self, problem: RowsProblem, config: Config, device: Device) -> float:

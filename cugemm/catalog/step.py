@@ -26,7 +26,8 @@ class Zero(NamedTuple):
 class Step(NamedTuple):
     """One kernel launch.
 
-    The argument struct is the pointers at `pointers`, the floats at `scalars` (1.0 where the call has none), then `tail`.
+    The argument struct is the pointers at `pointers`, the floats at `scalars` (1.0 where the call has none), then `tail`. pdl: it may begin
+    before the kernel ahead of it in the stream has ended, and waits by itself.
     """
 
     source: str
@@ -37,6 +38,7 @@ class Step(NamedTuple):
     pointers: tuple[int, ...]
     scalars: tuple[int, ...]
     tail: bytes
+    pdl: bool = False
 
 
 class Kernel(Protocol):
@@ -49,7 +51,7 @@ class Kernel(Protocol):
     def refuse(self, problem: Any) -> str | None:
         """Why this kernel cannot do `problem`, as a sentence; None if it can."""
 
-    def candidates(self, problem: Any) -> tuple[Any, ...]:
+    def candidates(self, problem: Any, device: Device) -> tuple[Any, ...]:
         """The finite list of configs for it."""
 
     def cost(self, problem: Any, config: Any, device: Device) -> float:

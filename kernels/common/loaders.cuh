@@ -78,25 +78,14 @@ struct Operand {
     }
     __device__ __forceinline__ i32 row(int i) const {  // -1 past the end, and where `gather` names no row
         const i32 r = result_row(i);
-        if (r < 0) return -1;
-        if (!gather) return r / repeat;
+        if (r < 0 || in_order()) return r;
+        if (!gather) return repeat == 1 ? r : r / repeat;
         const i32 source = gather[r];
         return source >= 0 && source < rows ? source : -1;
     }
     __device__ __forceinline__ bool in_order() const { return !map && !gather && repeat == 1; }
     __device__ __forceinline__ u32 block_row(int i, i32 row) const { return blocks.row_offset(blocks.begin < 0 ? row : blocks.begin + i); }
 };
-
-// The first `bytes` of 16, zeros behind: the end of an operand, where a 16-byte load would read past it.
-__device__ __forceinline__ Chunk load_partial(const u8* p, int bytes) {
-    u64 low = 0, high = 0;
-#pragma unroll 1
-    for (int i = bytes - 1; i >= 0; --i) {
-        high = high << 8 | low >> 56;
-        low = low << 8 | load_global_u8(p + i);
-    }
-    return {{static_cast<u32>(low), static_cast<u32>(low >> 32), static_cast<u32>(high), static_cast<u32>(high >> 32)}};
-}
 
 // Loaders --------------------------------------------------------------------------------------------------------------------------
 // fetch(k, tile) starts loading the k-step at k; put(tile) finishes it. An asynchronous loader needs the tile in fetch and no put;

@@ -160,6 +160,17 @@ __device__ __forceinline__ u32 finite_bf16_or_zero(u32 x) {
     return x & ~(special | (special - (special >> 15)));
 }
 
+// The first `bytes` of 16, zeros behind: the end of an operand, where a 16-byte load would read past it.
+__device__ __forceinline__ Chunk load_partial(const u8* p, int bytes) {
+    u64 low = 0, high = 0;
+#pragma unroll 1
+    for (int i = bytes - 1; i >= 0; --i) {
+        high = high << 8 | low >> 56;
+        low = low << 8 | load_global_u8(p + i);
+    }
+    return {{static_cast<u32>(low), static_cast<u32>(low >> 32), static_cast<u32>(high), static_cast<u32>(high >> 32)}};
+}
+
 // A scalar whose type is known at run time (bf16, fp16 or fp32).
 __device__ __forceinline__ float load_float(u64 pointer, i64 index, int type) {
     if (type == kFp32) return __uint_as_float(load_global_u32(reinterpret_cast<const float*>(pointer) + index));

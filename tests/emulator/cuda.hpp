@@ -17,9 +17,11 @@ double fabs(double);
 
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __shared__ static
 
 struct Dim {
@@ -42,14 +44,15 @@ static Dim threadIdx, blockIdx, blockDim, gridDim;
 namespace emulator {
 
 struct Copy {
-    unsigned to, valid;
+    unsigned to, size, valid;
     const void* from;
 };
-constexpr unsigned kMostThreads = 1024, kMostCopies = 64, kMostGroups = 16;
+constexpr unsigned kMostThreads = 4096, kMostCopies = 48, kMostGroups = 8, kMostCtas = 8;  // of a cluster
 struct Fiber {
     ucontext_t context;
     bool done;
-    unsigned thread;
+    unsigned thread, cta;                 // in its CTA, in its cluster
+    unsigned arrived;                     // generation of the cluster's barrier that it came to
     Copy copy[kMostGroups][kMostCopies];  // asynchronous ones, by commit; group `last` is open
     unsigned count[kMostGroups], first, last;
 };
@@ -62,13 +65,13 @@ struct Warp {
 };
 
 constexpr unsigned kSharedBytes = 232448, kStackBytes = 128 << 10;
-alignas(1024) static unsigned char shared[kSharedBytes];
-static unsigned shared_size, threads, seed;
+alignas(1024) static unsigned char shared[kMostCtas][kSharedBytes];
+static unsigned shared_size, threads, ctas, seed;
 static bool eager;
 static unsigned long long progress;  // barriers passed and threads ended
 static Fiber fibers[kMostThreads];
 static Warp warps[kMostThreads / 32];
-static Barrier cta;
+static Barrier cta[kMostCtas], named[kMostCtas][32], cluster;
 static Fiber* self;
 static ucontext_t scheduler;
 
@@ -79,9 +82,10 @@ inline void fail(const char* what, unsigned long long value) {
     snprintf(failure, sizeof failure, "%s (%llu), block %u, thread %u", what, value, blockIdx.x, threadIdx.x);
     swapcontext(&self->context, &scheduler);
 }
+inline unsigned char* memory() { return shared[self->cta]; }
 inline unsigned char* at(unsigned address, unsigned size) {
     if (address % size || address + size > shared_size) fail("access outside shared memory, or not aligned, at", address);
-    return shared + address;
+    return memory() + address;
 }
 template <class T>
 T load(const void* p) {
@@ -99,7 +103,14 @@ inline void wait(Barrier& barrier, unsigned count) {
     }
     while (barrier.generation == generation) swapcontext(&self->context, &scheduler);
 }
-inline Warp& warp() { return warps[self->thread / 32]; }
+inline void arrive() {
+    self->arrived = cluster.generation;
+    if (++cluster.arrived == threads * ctas) cluster.arrived = 0, ++cluster.generation, ++progress;
+}
+inline void wait_for_cluster() {
+    while (cluster.generation == self->arrived) swapcontext(&self->context, &scheduler);
+}
+inline Warp& warp() { return warps[(self->cta * threads + self->thread) / 32]; }
 inline unsigned lane() { return self->thread % 32; }
 inline void wait_for_warp() { wait(warp().barrier, threads - self->thread / 32 * 32 < 32 ? threads % 32 : 32); }
 
@@ -115,18 +126,18 @@ T exchange(T value, unsigned from) {
 }
 
 inline void copy(const Copy& copy) {
-    unsigned char* to = at(copy.to, 16);
+    unsigned char* to = at(copy.to, copy.size);
     memcpy(to, copy.from, copy.valid);
-    memset(to + copy.valid, 0, 16 - copy.valid);
+    memset(to + copy.valid, 0, copy.size - copy.valid);
 }
-inline void copy_async(unsigned to, const void* from, unsigned valid) {
-    if (valid > 16 || reinterpret_cast<unsigned long long>(from) % 16) fail("asynchronous copy of, or not aligned", valid);
+inline void copy_async(unsigned to, const void* from, unsigned size, unsigned valid) {
+    if (valid > size || reinterpret_cast<unsigned long long>(from) % size) fail("asynchronous copy of, or not aligned", valid);
     if (eager)
-        copy({to, valid, from});
+        copy({to, size, valid, from});
     else {
         const unsigned group = self->last % kMostGroups, number = self->count[group]++;
         if (number == kMostCopies) fail("more asynchronous copies than the emulator holds", number);
-        self->copy[group][number] = {to, valid, from};
+        self->copy[group][number] = {to, size, valid, from};
     }
 }
 inline void commit() {
@@ -140,36 +151,36 @@ inline void wait_for_copies(unsigned pending) {
 
 inline unsigned random() { return (seed = seed * 1664525u + 1013904223u) >> 8; }
 
-// Runs a kernel: every CTA by itself, its fibers in turns from a random one on. 0 if all threads came to an end.
+// Runs a kernel: every cluster by itself, its fibers in turns from a random one on. 0 if all threads came to an end.
 template <class Kernel>
-int run(unsigned grid, unsigned block, Kernel kernel) {
+int run(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel) {
     static Kernel* entry;
     static char* const stacks = static_cast<char*>(malloc(static_cast<size_t>(kMostThreads) * kStackBytes));
-    if (block > kMostThreads) return 3;
-    failure[0] = 0;
+    const unsigned all = block * cluster_size;
+    if (all > kMostThreads || cluster_size > kMostCtas) return 3;
+    ctas = cluster_size, failure[0] = 0;
     entry = &kernel;
     threads = block, blockDim.x = block, gridDim.x = grid;
-    for (unsigned number = 0; number < grid; ++number) {
-        blockIdx.x = number;
-        memset(shared, 0xFF, shared_size);
-        cta = {};
+    for (unsigned number = 0; number < grid; number += ctas) {
+        for (unsigned i = 0; i < ctas; ++i) memset(shared[i], 0xFF, shared_size), cta[i] = {};
         for (Warp& warp : warps) warp.barrier = {};
-        for (unsigned i = 0; i < block; ++i) {
+        cluster = {}, memset(named, 0, sizeof named);
+        for (unsigned i = 0; i < all; ++i) {
             Fiber& fiber = fibers[i];
-            fiber.thread = i, fiber.done = false, fiber.first = fiber.last = fiber.count[0] = 0;
+            fiber.thread = i % block, fiber.cta = i / block, fiber.done = false, fiber.first = fiber.last = fiber.count[0] = 0;
             getcontext(&fiber.context);
             fiber.context.uc_stack.ss_sp = stacks + static_cast<size_t>(i) * kStackBytes;
             fiber.context.uc_stack.ss_size = kStackBytes;
             fiber.context.uc_link = &scheduler;
             makecontext(&fiber.context, [] { (*entry)(), self->done = true, ++progress; }, 0);
         }
-        for (unsigned left = block; left;) {
-            const unsigned first = random() % block;
+        for (unsigned left = all; left;) {
+            const unsigned first = random() % all;
             const unsigned long long before = progress;
-            for (unsigned i = 0; i < block; ++i) {
-                Fiber& fiber = fibers[(first + i) % block];
+            for (unsigned i = 0; i < all; ++i) {
+                Fiber& fiber = fibers[(first + i) % all];
                 if (fiber.done) continue;
-                self = &fiber, threadIdx.x = fiber.thread;
+                self = &fiber, threadIdx.x = fiber.thread, blockIdx.x = number + fiber.cta;
                 swapcontext(&scheduler, &fiber.context);
                 if (failure[0]) return 3;
                 left -= fiber.done;
@@ -182,7 +193,7 @@ int run(unsigned grid, unsigned block, Kernel kernel) {
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::wait(emulator::cta, emulator::threads); }
+inline void __syncthreads() { emulator::wait(emulator::cta[emulator::self->cta], emulator::threads); }
 inline void __syncwarp() { emulator::wait_for_warp(); }
 template <class T>
 T __shfl_sync(unsigned, T value, int from) {

@@ -3,6 +3,12 @@
 
 #include SOURCE
 
+#ifndef SPLIT  // CTAs of a cluster, of kernels that have them
+#define CLUSTER 1
+#else
+#define CLUSTER SPLIT
+#endif
+
 extern "C" const char* failure() { return emulator::failure; }
 
 extern "C" int launch(const void* packed, unsigned size, unsigned grid, unsigned block, unsigned shared_size, unsigned seed, int eager) {
@@ -10,5 +16,5 @@ extern "C" int launch(const void* packed, unsigned size, unsigned grid, unsigned
     static Args args;
     memcpy(&args, packed, size);
     emulator::shared_size = shared_size, emulator::seed = seed, emulator::eager = eager;
-    return emulator::run(grid, block, [] { ENTRY(args); });
+    return emulator::run(grid, block, CLUSTER, [] { ENTRY(args); });
 }

@@ -81,10 +81,10 @@ inline void load_matrix(u32 (&r)[4], u32 address, bool transposed) {
 
 }  // namespace emulator
 
-inline u32 shared_address(const void* p) { return static_cast<u32>(static_cast<const unsigned char*>(p) - emulator::shared); }
+inline u32 shared_address(const void* p) { return static_cast<u32>(static_cast<const unsigned char*>(p) - emulator::memory()); }
 
 inline void copy_async_16_if(bool now, u32 shared, const void* global, u32 valid) {
-    if (now) emulator::copy_async(shared, global, valid);
+    if (now) emulator::copy_async(shared, global, 16, valid);
 }
 inline void copy_async_commit() { emulator::commit(); }
 template <int kPending>
@@ -168,3 +168,29 @@ inline u32 multiply_add_bf16x2(u32 a, u32 b, u32 c) {  // the sum in double is e
 inline u32 decode_e4m3_fp16(u16 codes) { return pack_fp16(emulator::fp8(codes & 0xFF, 4, 7), emulator::fp8(codes >> 8, 4, 7)); }
 inline u16 encode_e4m3_sm89(float low, float high) { return emulator::to_fp8(low, 4, 7) | emulator::to_fp8(high, 4, 7) << 8; }
 inline u16 encode_e5m2_sm89(float low, float high) { return emulator::to_fp8(low, 5, 15) | emulator::to_fp8(high, 5, 15) << 8; }
+
+inline u64 evict_first() { return 0; }
+inline void copy_async_16_streaming(u32 shared, const void* global, u32 valid, u64) { emulator::copy_async(shared, global, 16, valid); }
+inline void prefetch_l2(const void*) {}
+inline void barrier_sync(int number, int threads) { emulator::wait(emulator::named[emulator::self->cta][number], threads); }
+inline void copy_async_4(u32 shared, const void* global, u32 valid) { emulator::copy_async(shared, global, 4, valid); }
+inline Chunk load_shared_16(u32 p) {
+    Chunk c;
+    memcpy(&c, emulator::at(p, 16), 16);
+    return c;
+}
+inline u32 load_shared_u16(u32 p) {
+    u16 v;
+    memcpy(&v, emulator::at(p, 2), 2);
+    return v;
+}
+inline u32 load_shared_u8(u32 p) { return *emulator::at(p, 1); }
+inline void store_shared_u32(u32 p, u32 v) { memcpy(emulator::at(p, 4), &v, 4); }
+inline void wait_for_predecessor() {}
+inline u32 cluster_rank() { return emulator::self->cta; }
+inline void store_remote_16(u32 shared, u32 rank, const float (&x)[4]) {
+    emulator::at(shared, 16);
+    memcpy(emulator::shared[rank] + shared, x, 16);
+}
+inline void cluster_arrive() { emulator::arrive(); }
+inline void cluster_wait() { emulator::wait_for_cluster(); }
