@@ -47,17 +47,23 @@ def product(call: GemmCall, views: tuple[Argument, ...]) -> Array:
         groups, a, a_tensor = reference.Groups(expert), a[0, source], _take(a_tensor, source, 1)
         scale_row = segment_row if call.a_scale and call.a_scale.rows.startswith("pad") else source
         a_scale, a_block = _take(a_scale, scale_row, max(a_block[0], 1)), (min(a_block[0], 1), a_block[1])
+    elif call.rows_dtype:
+        exists, source = _sources(call, views, np.zeros(call.m, np.int64))
+        a = a[:, source] if call.a_rows else np.zeros((1, call.m, a.shape[2]), a.dtype)
     b_scale, b_tensor, zero = (
         _transposed(_scale(views[position], scale, call.n))
         for position, scale in ((B_SCALE, call.b_scale), (B_TENSOR, call.b_tensor), (ZERO, call.zero))
     )
-    return reference.gemm(
+    result = reference.gemm(
         a, _b(call, views[B]), a_element=problem.a, b_element=problem.b,
         a_scale=a_scale, a_block=a_block, a_scale_element=problem.a_scale, a_tensor=a_tensor,
         b_scale=b_scale, b_block=call.b_scale.block[::-1] if call.b_scale else (ALL, ALL), b_scale_element=problem.b_scale,
         b_tensor=b_tensor, b_zero=zero, alpha=_one(views[ALPHA]), bias=_array(views[BIAS]), out_dtype=problem.out,
         groups=groups, counts=_array(views[SEGMENTS]) if call.segments == "masked" else None,
     )  # fmt: skip
+    if call.rows_dtype and not grouped:
+        result[..., exists < 0, :] = 0
+    return result
 
 
 def _b(call: GemmCall, view: Argument) -> Array:

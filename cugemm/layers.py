@@ -14,7 +14,8 @@ class QuantizedLinear:
 
     weight: [out_features, in_features] bfloat16, float16 or float32, which is quantised to `format` here and not kept, or a Quantized of
     any format. bias: [out_features] or None. activations: format that x is quantised to in every call, any without zero points, None to
-    multiply it as it is. Weight and x live in one framework and on one device.
+    multiply it as it is. Weight and x live in one framework and on one device. Calls overlap their neighbours in the stream (`pdl` and
+    `static_weights` of `cugemm.linear`): wait for the stream after writing to the weight in place.
 
     Errors and numerics: as `cugemm.quantize` and `cugemm.linear`. Holds no other state; one layer serves any number of threads.
 
@@ -39,9 +40,12 @@ class QuantizedLinear:
     def in_features(self) -> int:
         return self.weight.shape[1]
 
-    def __call__(self, x: Any, *, out: Any = None, out_dtype: Any = None) -> Any:
-        """x [.., in_features] -> [.., out_features]; `out` and `out_dtype` as in `cugemm.linear`."""
-        return linear(x, self.weight, self.bias, activations=self.activations, out=out, out_dtype=out_dtype)
+    def __call__(self, x: Any, *, out: Any = None, out_dtype: Any = None, batch_invariant: bool = False) -> Any:
+        """x [.., in_features] -> [.., out_features]; `out`, `out_dtype` and `batch_invariant` as in `cugemm.linear`."""
+        return linear(
+            x, self.weight, self.bias, activations=self.activations, out=out, out_dtype=out_dtype,
+            pdl=True, static_weights=True, batch_invariant=batch_invariant,
+        )  # fmt: skip
 
     forward = __call__
 

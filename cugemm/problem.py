@@ -46,7 +46,9 @@ class Problem(NamedTuple):
     """The question that selection answers and the key of the plan cache; m is `bucket(m)`.
 
     a, b: elements. a_scale, b_scale: the element of scales that go into the values ("e4m3", "e8m0"), else "". zero: b has zero points.
-    scale_block: the fewest values along k under one float scale, 0 where none varies along k.
+    scale_block: the fewest values along k under one float scale, 0 where none varies along k. vector: both operands can be read in 16-byte
+    pieces, along the axes a_major and b_major say; b_vector: b can along k. pdl: "", or what may happen to b before the kernel ahead has
+    ended, "prefetch" or "static" (loads).
     """
 
     m: int
@@ -70,6 +72,7 @@ class Problem(NamedTuple):
     device: int = 0
     pdl: str = ""
     batch_invariant: bool = False
+    b_vector: bool = False
 
     def __str__(self) -> str:
         where = f" on {self.arch}" if self.arch else ""
@@ -275,6 +278,7 @@ class GemmOp(NamedTuple):
             min((s.block[1] for s in (a_scale, b_scale) if s is not None and s.by_k), default=0),
             a_major, b_major, vector, out_dtype, options.accumulate, options.backend,
             pdl=("static" if options.static_weights else "prefetch") if options.pdl else "", batch_invariant=options.batch_invariant,
+            b_vector=_major(b_view, b_strides, b_element) == ("k", True) and b_panel % 16 == 0,
         )  # fmt: skip
         return GemmCall(
             problem, ((out_shape, out_dtype),), _segment_workspaces(options.segments, segments, m), m, n, k_a,
@@ -402,9 +406,9 @@ class GemmOp(NamedTuple):
     def segments(self, views: tuple[Argument, ...], options: GemmOptions, a_rows: int, experts: int) -> Segments:
         """Which rows a grouped product has, and what says so."""
         kind, gather = options.segments, self.vector_of(views[ROWS], ROWS, optional=True)
-        if not kind:
-            return Segments(a_rows)
         m = gather.shape[0] if gather else a_rows
+        if not kind:
+            return Segments(m, rows_dtype=gather.dtype if gather else None)
         said = self.vector_of(views[SEGMENTS], SEGMENTS, ranks=(1, 2) if kind == "indices" and gather is None else (1,))
         assert said is not None
         if kind == "masked":

@@ -13,7 +13,7 @@
 //           them whose turn it is, SPLIT tiles later
 //   launch  may begin before its predecessor has ended: weights are prefetched or loaded then, everything else waits
 //
-// Not handled: A or B contiguous along m or n or not in 16-byte pieces, segments, floats of 32 or 64 k, zero points, fp16 beside bf16.
+// Not handled: B contiguous along n or not in 16-byte pieces, segments, floats of 32 or 64 k, zero points, fp16 beside bf16.
 #include "common/args.cuh"
 #include "common/epilogue.cuh"
 #include "common/numbers.cuh"
@@ -178,15 +178,15 @@ struct Fetch {
             }
         }
     }
-    __device__ __forceinline__ const u8* source(int j) const {
-        return from + static_cast<i64>(smaller(j, last_j)) * static_cast<i32>(4 * args.b_column * kBytes);
-    }
+    // This lane's next row, or the last one again.
+    __device__ __forceinline__ const u8* below(const u8* p, int j) const { return j < last_j ? p + 4 * args.b_column * kBytes : p; }
     // The first steps of this warp's first tile, to L2: lanes take steps in turn. Their scales come along with lines that others ask for.
     __device__ __forceinline__ void prefetch() const {
         const i32 step = at.lane % 8 * WARPS_K + at.warp_k;
         if (tile >= at.tiles || step >= at.steps || row_bytes <= (at.first_step + step) * 128) return;
+        const u8* p = from + at.lane % 8 * (WARPS_K * step_bytes() - 16);
 #pragma unroll
-        for (int j = 0; j < ROW_BLOCKS * 4; ++j) prefetch_l2(source(j) + at.lane % 8 * (WARPS_K * step_bytes() - 16));
+        for (int j = 0; j < ROW_BLOCKS * 4; ++j, p = below(p, j - 1)) prefetch_l2(p);
     }
     __device__ __forceinline__ void next() {
         if (tile < at.tiles) {
@@ -218,8 +218,9 @@ struct Fetch {
         return kScaleWords == 0 || args.b_scales.tile_rows != 1 || (reinterpret_cast<u64>(scales) | args.b_scales.row) % 4 == 0;
     }
     __device__ __forceinline__ void copy_whole() {
+        const u8* p = from;
 #pragma unroll
-        for (int j = 0; j < ROW_BLOCKS * 4; ++j) copy_async_16_streaming(data_place(j), source(j), 16, policy);
+        for (int j = 0; j < ROW_BLOCKS * 4; ++j, p = below(p, j - 1)) copy_async_16_streaming(data_place(j), p, 16, policy);
         if constexpr (kScaleWords != 0) {
 #pragma unroll
             for (int i = 0; i < ROW_BLOCKS * 2; ++i)
@@ -229,9 +230,10 @@ struct Fetch {
     // The last step of a row, nothing, or scales at odd addresses: what does not exist becomes zeros.
     __device__ __forceinline__ void copy_end(i32 left) {
         const i32 valid = smaller(16, left - at.lane % 8 * 16);
+        const u8* p = from;
 #pragma unroll 1
-        for (int j = 0; j < ROW_BLOCKS * 4; ++j) {
-            const Chunk part = valid > 0 ? load_partial(source(j), valid) : Chunk{};
+        for (int j = 0; j < ROW_BLOCKS * 4; ++j, p = below(p, j - 1)) {
+            const Chunk part = valid > 0 ? load_partial(p, valid) : Chunk{};
             store_shared_16(data_place(j), part.word[0], part.word[1], part.word[2], part.word[3]);
         }
         if constexpr (kScaleWords != 0) {
@@ -251,20 +253,27 @@ struct Fetch {
 
 // Activations ---------------------------------------------------------------------------------------------------------------------
 
-// 8 values of A, of which `exist` are there, as they are stored; zeros for the others.
-__device__ __forceinline__ Chunk load_values(const u8* p, int exist) {
+// 8 values of A, `step` bytes apart, of which `exist` are there, as they are stored; zeros for the others.
+__device__ __forceinline__ Chunk load_values(const u8* p, int exist, i64 step, bool whole) {
     constexpr int kBytes = A_ELEMENT == kBf16 || A_ELEMENT == kFp16 ? 2 : 1, kBits = 8 * kBytes;
-    if (exist >= 8 && kBytes == 2) return load_global_16(p);
-    if (exist >= 8) return {{load_global_u32(p), load_global_u32(p + 4), 0, 0}};
+    if (exist >= 8 && whole && kBytes == 2) return load_global_16(p);
+    if (exist >= 8 && whole) return {{load_global_u32(p), load_global_u32(p + 4), 0, 0}};
     Chunk x = {};
     u32(&w)[4] = x.word;
 #pragma unroll 1
-    for (int v = exist - 1; v >= 0; --v) {  // the end of a row: one by one, the last first
-        const u32 code = kBytes == 2 ? load_global_u16(p + 2 * v) : load_global_u8(p + v);
+    for (int v = smaller(exist, 8) - 1; v >= 0; --v) {  // one by one, the last first
+        const u32 code = kBytes == 2 ? load_global_u16(p + v * step) : load_global_u8(p + v * step);
         w[3] = w[3] << kBits | w[2] >> (32 - kBits), w[2] = w[2] << kBits | w[1] >> (32 - kBits);
         w[1] = w[1] << kBits | w[0] >> (32 - kBits), w[0] = w[0] << kBits | code;
     }
     return x;
+}
+
+// The row of A that a row of D comes from; -1 where `gather` names none.
+__device__ __forceinline__ i32 source_row(const Args& args, i32 row) {
+    if (args.gather == 0) return row;
+    const i32 source = reinterpret_cast<const i32*>(args.gather)[row];
+    return source >= 0 && source < args.a_rows ? source : -1;
 }
 
 // All of A that this CTA multiplies, in the order of the units; the rest is zeros. A thread has several loads under way together: `load`
@@ -276,14 +285,16 @@ struct Activations {
     const u8* a;
     u32 shared;
     i32 all;
+    bool whole;  // in 16-byte pieces
     Chunk x[kBatch];
 
     __device__ __forceinline__ Activations(const Args& args, const Place& at, u32 shared)
         : args(args),
           at(at),
-          a(reinterpret_cast<const u8*>(args.a) + (at.batch * args.a_batch + at.first_token * args.a_row) * kBytes),
+          a(reinterpret_cast<const u8*>(args.a) + at.batch * args.a_batch * kBytes),
           shared(shared),
-          all(at.steps * (kStepBytes / 16)) {}
+          all(at.steps * (kStepBytes / 16)),
+          whole(args.a_k == 1 && (reinterpret_cast<u64>(a) | args.a_row * kBytes) % 16 == 0) {}
     __device__ __forceinline__ void load(i32 first) {
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
@@ -291,7 +302,8 @@ struct Activations {
             const int t = i % 4, token = i / 4 % kTokens + i / (4 * kTokens) % kTokenBlocks * 8, unit = i / (4 * kTokens * kTokenBlocks);
             const i32 step = at.first_step + unit / (2 * kUnits);
             const i32 k = ((step * 2 + unit / kUnits % 2) * 4 + t) * kValues + unit % kUnits * 8;
-            x[b] = load_values(a + (token * args.a_row + k) * kBytes, i < all && token < at.tokens ? args.k - k : 0);
+            const i32 row = i < all && token < at.tokens ? source_row(args, at.first_token + token) : -1;
+            x[b] = load_values(a + (row * args.a_row + k * args.a_k) * kBytes, row < 0 ? 0 : args.k - k, args.a_k * kBytes, whole);
         }
     }
     __device__ __forceinline__ void store(i32 first) {
@@ -371,7 +383,8 @@ struct BlockScales {
             b_row[i] = start(args.b_scales, at.batch, smaller(tile * kRows + i * 8 + at.g, args.n - 1));
 #pragma unroll
         for (int j = 0; j < kTokenBlocks * 2; ++j)
-            a_row[j] = start(args.a_scales, at.batch, smaller(at.first_token + j / 2 * 8 + at.t * 2 + j % 2, args.m - 1));
+            a_row[j] = start(args.a_scales, at.batch,
+                             larger(source_row(args, smaller(at.first_token + j / 2 * 8 + at.t * 2 + j % 2, args.m - 1)), 0));
     }
     static __device__ __forceinline__ i64 start(const ScaleArgs& s, i32 matrix, i32 row) {
         return matrix * s.matrix + (s.rows == 1 ? row : row / s.rows) * s.row;
@@ -457,6 +470,7 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
 // What the sums of one part of a tile (an MMA's 16 columns of D and 8 rows) are multiplied by and added to. Loaded long before it is used.
 struct Factors {
     float column[2], row[2], bias[4], alpha;
+    bool none[2];  // no row of A: zeros
 
     static __device__ __forceinline__ float scale(u64 pointer, const ScaleArgs& s, i32 matrix, i32 at, float value) {
         return pointer ? load_float(pointer, matrix * s.matrix + (s.rows == 1 ? at : at / s.rows) * s.row, s.type) : value;
@@ -470,7 +484,9 @@ struct Factors {
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const i32 token = at.first_token + smaller(part % kTokenBlocks * 8 + at.t * 2 + c, at.tokens - 1);
-                if (r == 0) row[c] = scale(args.a_outer, args.a_outers, at.batch, token, args.a_outer_value);
+                const i32 source = source_row(args, token);
+                if (r == 0) row[c] = scale(args.a_outer, args.a_outers, at.batch, larger(source, 0), args.a_outer_value);
+                if (r == 0) none[c] = source < 0;
                 bias[2 * r + c] =
                     args.bias ? load_float(args.bias, at.batch * args.bias_expert + token * args.bias_row + n, args.bias_type) : 0.f;
             }
@@ -482,7 +498,8 @@ struct Factors {
         for (int v = 0; v < 4; ++v) {
             const i32 n = tile * kRows + part / kTokenBlocks * 16 + v / 2 * 8 + at.g, token = part % kTokenBlocks * 8 + at.t * 2 + v % 2;
             if (n >= args.n || token >= at.tokens) continue;
-            const float x = sum[v] * kResidue * row[v % 2] * column[v / 2] * alpha + bias[v], four[4] = {x, 0.f, 0.f, 0.f};
+            const float x = none[v % 2] ? 0.f : sum[v] * kResidue * row[v % 2] * column[v / 2] * alpha + bias[v];
+            const float four[4] = {x, 0.f, 0.f, 0.f};
             store_four(args.out, at.batch * args.out_batch + (at.first_token + token) * args.out_row + n * args.out_column, args.out_column,
                        args.out_type, four, 1);
         }

@@ -141,7 +141,7 @@ def mm_fp4(
     column [n] or [1, n]; `mm_fp4(a, b, s)` is short for b_descale=s. With floats b may also be [k, n], one code in the low nibble of each
     byte.
     out_dtype: default bfloat16, or a's dtype if it is 16-bit. backend: FlashInfer's names mean "auto", except "trtllm" (ValueError: it
-    reads b shuffled). enable_pdl: accepted; the kernels of this version do not overlap launches. skip_check: changes nothing.
+    reads b shuffled). enable_pdl: `pdl` of `linear`. skip_check: changes nothing.
 
     Errors: as `linear`; a scale of any other size. Numerics: e2m1 times e4m3 is exact in 16 bits, e2m1 times 2^e in bfloat16; sums in
     fp32. Source: FlashInfer `mm_fp4`, NVIDIA NVFP4, OCP MX.
@@ -170,7 +170,7 @@ def mm_fp4(
         )
     if weights_only and use_8x4_sf_layout:
         raise ValueError("mm_fp4: use_8x4_sf_layout is True, but 16-bit activations have no block scales; drop it.")
-    options = gemm_options(_MM_FP4, out_dtype, backend, _FP4_BACKENDS)
+    options = gemm_options(_MM_FP4, out_dtype, backend, _FP4_BACKENDS, how=_pdl("mm_fp4", enable_pdl))
     if not weights_only:
         _refuse_turned(_MM_FP4, A_SCALE, a, a_descale, block_size, layout, 2)
         options = _read_a(options, element, layout, E2M1X2.name)
@@ -181,6 +181,10 @@ def mm_fp4(
             _refuse_turned(_MM_FP4, B_SCALE, b, b_descale, block_size, scale_layout, 2)
             options = _read_b(options, element, scale_layout, E2M1X2.name)
     return product(_MM_FP4, a, b, options, a_scale=a_descale, b_scale=b_descale, alpha=alpha, out=out)
+
+
+def _pdl(name: str, enable_pdl: Any) -> tuple[bool, bool, bool]:
+    return flag(name, "enable_pdl", enable_pdl), False, False
 
 
 def _in_words(read: Any, *given: Any) -> Any:
@@ -319,8 +323,8 @@ def mm_bf16_fp4(
 
     a: [m, k] bfloat16 (float16 activations: `mm_fp4`, `linear`). b [n, k/2], b_descale, alpha: what `prepare_bf16_fp4_weights` returned,
     or a Quantized "nvfp4" weight. alpha None is 1.
-    out_dtype: default bfloat16. backend: FlashInfer's names mean "auto". block_size: 16. enable_pdl: accepted; the kernels of this version
-    do not overlap launches. skip_check: changes nothing.
+    out_dtype: default bfloat16. backend: FlashInfer's names mean "auto". block_size: 16. enable_pdl: `pdl` of
+    `linear`. skip_check: changes nothing.
 
     Raises TypeError (a is not bfloat16, b is not uint8, alpha is not float32) and otherwise as `linear`.
     Numerics: e2m1 times e4m3 is exact in bfloat16, sums in fp32. Source: FlashInfer `mm_bf16_fp4`.
@@ -329,7 +333,8 @@ def mm_bf16_fp4(
     """
     op = _MM_BF16_FP4
     _check_bf16_fp4(op, alpha, block_size)
-    options = _read_b(gemm_options(op, out_dtype, backend, _W4A16_BACKENDS, b_axes="nk"), E4M3.name, "128x4", E2M1X2.name)
+    options = gemm_options(op, out_dtype, backend, _W4A16_BACKENDS, how=_pdl(op.name, enable_pdl), b_axes="nk")
+    options = _read_b(options, E4M3.name, "128x4", E2M1X2.name)
     return product(op, a, b, options, b_scale=b_descale, alpha=alpha, out=out)
 
 

@@ -17,23 +17,33 @@ from cugemm.quantized import Quantized
 
 GRANULARITIES = tuple((gm, gn, 128) for gm in (1, 128) for gn in (1, 128))
 """(gm, gn, gk): values along m, n and k under one float scale."""
+_HOW = ("pdl", "static_weights", "batch_invariant")
 _PLAIN = (str, bool, float, Integral, np.bool_, tuple, list, type(None))
 """What an option may be at all."""
 
 
 def gemm_options(
-    op: GemmOp, out_dtype: Any = None, backend: str = "auto", backends: tuple[str, ...] = (), accumulate: str = "fast", **fixed: Any
+    op: GemmOp,
+    out_dtype: Any = None,
+    backend: str = "auto",
+    backends: tuple[str, ...] = (),
+    accumulate: str = "fast",
+    how: tuple[Any, Any, Any] = (False, False, False),
+    **fixed: Any,
 ) -> GemmOptions:
-    """The checked options of one call, cached by value. `backends`: names FlashInfer's entry takes, which all mean our choice."""
+    """The checked options of one call, cached by value. `backends`: names FlashInfer's entry takes, which all mean our choice.
+
+    how: pdl, static_weights, batch_invariant.
+    """
     try:
-        return _options(op.name, out_dtype, backend, backends, accumulate, tuple(fixed.items()) if fixed else ())
+        return _options(op.name, out_dtype, backend, backends, accumulate, how, tuple(fixed.items()) if fixed else ())
     except TypeError as error:
         if hasattr(out_dtype, "__dlpack__") and not isinstance(out_dtype, type):
             text = f"{op.name}: {op.out_dtype_role} is an array; it wants a dtype. Pass scales by keyword: a_scale=..., b_scale=..."
             raise TypeError(text) from None
         if not str(error).startswith("unhashable"):
             raise
-        given = {op.out_dtype_role: out_dtype, "backend": backend, "accumulate": accumulate, **fixed}
+        given = {op.out_dtype_role: out_dtype, "backend": backend, "accumulate": accumulate, **dict(zip(_HOW, how, strict=True)), **fixed}
         role, value = next(((r, x) for r, x in given.items() if type(x).__hash__ is None), ("an option", None))
         dtype = role == op.out_dtype_role
         wanted = "is not a dtype; pass a name such as 'bfloat16' or a dtype object" if dtype else "pass a string"
@@ -43,7 +53,13 @@ def gemm_options(
 
 @functools.lru_cache(maxsize=4096, typed=True)
 def _options(
-    name: str, out_dtype: Any, backend: str, backends: tuple[str, ...], accumulate: str, fixed: tuple[tuple[str, Any], ...]
+    name: str,
+    out_dtype: Any,
+    backend: str,
+    backends: tuple[str, ...],
+    accumulate: str,
+    how: tuple[Any, Any, Any],
+    fixed: tuple[tuple[str, Any], ...],
 ) -> GemmOptions:
     for role, value in (("backend", backend), ("accumulate", accumulate)):
         if not isinstance(value, _PLAIN):
@@ -55,7 +71,8 @@ def _options(
         dtype = None if out_dtype is None else dtype_name(out_dtype)
     except TypeError as error:
         raise TypeError(f"{name}: {OPS[name].out_dtype_role}: {error}") from None
-    return GemmOptions(out_dtype=dtype, backend=backend if backend in own else "auto", accumulate=accumulate, **dict(fixed))
+    flags: dict[str, Any] = {role: flag(name, role, value) for role, value in zip(_HOW, how, strict=True)}
+    return GemmOptions(out_dtype=dtype, backend=backend if backend in own else "auto", accumulate=accumulate, **flags, **dict(fixed))
 
 
 def product(
@@ -133,6 +150,8 @@ def choice(name: str, role: str, value: Any, allowed: tuple[Any, ...], wanted: s
 
 def flag(name: str, role: str, value: Any) -> bool:
     """A bool, also as NumPy's or as 0 and 1."""
+    if type(value) is bool:
+        return value
     return bool(choice(name, role, value, (True, False)))
 
 

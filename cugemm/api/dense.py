@@ -52,6 +52,9 @@ def linear(
     out_dtype: Any = None,
     accumulate: str = "fast",
     backend: str = "auto",
+    pdl: bool = False,
+    static_weights: bool = False,
+    batch_invariant: bool = False,
 ) -> Any:
     """y[.., n] = sum over k of x[.., k] * w[n, k] + bias[n]: the linear layer, `x @ w.T + bias`.
 
@@ -61,16 +64,24 @@ def linear(
     points), None to use it as it is.
     out: [.., n] to write into. out_dtype: "bfloat16", "float16" or "float32"; default x's dtype if it is a 16-bit float, else bfloat16.
     accumulate: "fast", "promoted" or "fp32", the least accuracy that fp8 sums may have; backend: "auto" or a kernel's name.
+    pdl: begin before the kernel ahead of it in the stream has ended (programmatic dependent launch, sm_90 and up), wait for it, and let the
+    next one begin early; what it gives back is the same. static_weights: you promise that no kernel in flight writes w; with pdl it is then
+    loaded ahead of that wait, otherwise only prefetched to L2. batch_invariant: the bits of a row depend on this row alone, not on how many
+    others there are or where it sits.
 
     Raises TypeError and ValueError that name the argument; NoKernelError with every kernel's reason if none can do it.
     Numerics: products are exact, sums are fp32 (portable kernel), result = sum * scales + bias in fp32, rounded once to nearest even.
 
     >>> y = cugemm.linear(x, cugemm.quantize(w, "nvfp4"), activations="fp8_row")
     """
-    options = gemm_options(_LINEAR, out_dtype, backend, (), accumulate, b_axes="nk")
+    how = (pdl, static_weights, batch_invariant)
+    options = gemm_options(_LINEAR, out_dtype, backend, (), accumulate, how, b_axes="nk")
     shape = shape_of("linear", "x", x)
     if len(shape) != 2 and type(x) is not Quantized:
-        keywords = {"activations": activations, "out_dtype": out_dtype, "accumulate": accumulate, "backend": backend}
+        keywords = {
+            "activations": activations, "out_dtype": out_dtype, "accumulate": accumulate, "backend": backend,
+            "pdl": pdl, "static_weights": static_weights, "batch_invariant": batch_invariant,
+        }  # fmt: skip
         return _linear_of_rows(shape, x, w, bias, out, keywords)
     if activations is not None:
         check_activations("linear", activations)
@@ -131,17 +142,30 @@ def check_activations(name: str, activations: Any) -> None:
         raise ValueError(f"{name}: activations is {activations!r}{why}; wanted one of {', '.join(known)}.")
 
 
-def matmul(a: Any, b: Any, *, out: Any = None, out_dtype: Any = None, accumulate: str = "fast", backend: str = "auto") -> Any:
+def matmul(
+    a: Any,
+    b: Any,
+    *,
+    out: Any = None,
+    out_dtype: Any = None,
+    accumulate: str = "fast",
+    backend: str = "auto",
+    pdl: bool = False,
+    static_weights: bool = False,
+    batch_invariant: bool = False,
+) -> Any:
     """c[.., m, n] = sum over k of a[.., m, k] * b[.., k, n].
 
     a, b: 2-D or 3-D (batch first, 1 broadcasts), row- or column-major or any strides; bfloat16, float16, float8_e4m3fn, float8_e5m2 and
     int8 in every pairing, or Quantized whose `k_axis` is the summed axis (a weight quantised as [n, k] enters as `w.T`); zero points go
     with b only.
-    out, out_dtype, accumulate, backend, errors and numerics: as `linear`.
+    Other arguments, errors and numerics: as `linear`; b is the weight.
 
     >>> c = cugemm.matmul(a, cugemm.quantize(w, "fp8_row").T)
     """
-    return product(_MATMUL, a, b, gemm_options(_MATMUL, out_dtype, backend, (), accumulate), out=out)
+    return product(
+        _MATMUL, a, b, gemm_options(_MATMUL, out_dtype, backend, (), accumulate, (pdl, static_weights, batch_invariant)), out=out
+    )
 
 
 def mm_bf16(
@@ -153,18 +177,21 @@ def mm_bf16(
     out_dtype: Any = None,
     backend: str = "auto",
     *,
+    static_weights: bool = False,
+    batch_invariant: bool = False,
     skip_check: bool = False,
 ) -> Any:
     """out[m, n] = sum over k of a[m, k] * b[k, n] + bias[n].
 
     a [m, k] and b [k, n] bfloat16, any layout (FlashInfer wants b column-major; both orders run without a copy). bias: [n] or None.
-    pdl: accepted; the kernels of this version do not overlap launches. out_dtype: default bfloat16. backend: FlashInfer's names mean
-    "auto". skip_check: changes nothing.
+    pdl, static_weights, batch_invariant: as `linear`. out_dtype: default bfloat16. backend: FlashInfer's names mean "auto". skip_check:
+    changes nothing.
     Errors and numerics: as `linear`. Source: FlashInfer `mm_bf16`.
 
     >>> out = cugemm.mm_bf16(a, w.T)
     """
-    return product(_MM_BF16, a, b, gemm_options(_MM_BF16, out_dtype, backend, _BF16_BACKENDS), bias=bias, out=out)
+    how = (pdl, static_weights, batch_invariant)
+    return product(_MM_BF16, a, b, gemm_options(_MM_BF16, out_dtype, backend, _BF16_BACKENDS, how=how), bias=bias, out=out)
 
 
 def bmm_bf16(A: Any, B: Any, out: Any = None, out_dtype: Any = None, backend: str = "auto", *, skip_check: bool = False) -> Any:

@@ -47,6 +47,9 @@ def mm_fp8(
     b_scale: Any = None,
     bias: Any = None,
     accumulate: str = "fast",
+    pdl: bool = False,
+    static_weights: bool = False,
+    batch_invariant: bool = False,
 ) -> Any:
     """out[m, n] = alpha * sum over k of (a[m, k] * a_scale) * (b[k, n] * b_scale) + bias[n].
 
@@ -54,16 +57,18 @@ def mm_fp8(
     `prepare_low_latency_gemm_weights` makes of w [n, k]. alpha: float or one element; None is 1.
     a_scale: one element, per row [m] or [m, 1], or per block [m, ceil(k/128)] or [ceil(m/128), ceil(k/128)].
     b_scale: one element, per column [n] or [1, n], or per block [ceil(k/128), n] or [ceil(k/128), ceil(n/128)]. Scales multiply.
-    accumulate: "fast", "promoted" or "fp32", the least accuracy asked for; the portable kernel always gives "fp32".
+    accumulate: "fast", "promoted" or "fp32", the least accuracy asked for; all kernels so far give "fp32".
     out_dtype: default bfloat16. backend: "trtllm_low_latency" means "auto": the shape of b says which layout it has.
+    pdl, static_weights, batch_invariant: as `linear`.
     Errors and numerics: as `linear`. Source: FlashInfer `mm_fp8`, with scales and plain weights added.
 
     >>> out = cugemm.mm_fp8(a, w.T, a_scale=sa, b_scale=sb)
     """
     rank = getattr(b, "ndim", None)  # costs less than the shape
     panels = type(b) is not Quantized and (len(shape_of("mm_fp8", "b", b)) if rank is None else rank) == 3
-    layout = {"b_axes": "pnk", "b_scale_axes": "kn"} if panels else {}
-    options = gemm_options(_MM_FP8, out_dtype, backend, ("trtllm_low_latency",), accumulate, **layout)
+    layout: dict[str, Any] = {"b_axes": "pnk", "b_scale_axes": "kn"} if panels else {}
+    how = (pdl, static_weights, batch_invariant)
+    options = gemm_options(_MM_FP8, out_dtype, backend, ("trtllm_low_latency",), accumulate, how, **layout)
     return product(_MM_FP8, a, b, options, a_scale=a_scale, b_scale=b_scale, alpha=alpha, bias=bias, out=out)
 
 

@@ -53,8 +53,8 @@ def mm_nvfp4_svdquant(
     a [m, k/2], b [n, k/2]: uint8, two e2m1 codes a byte, low nibble = even k; a_sf, b_sf: their e4m3 scales in 128x4 tiles, 1-D or [padded
     rows, padded k/16]. alpha: float or one element. d [m, r], l1 [n, r]: bfloat16 or float16, any r; l1 already divided by alpha, as
     FlashInfer asks. bias: [n] or None.
-    out: [m, n], default a fresh bfloat16 array. backend: "cutlass" means "auto". enable_pdl: accepted; the kernels of this version do not
-    overlap launches. skip_check: changes nothing.
+    out: [m, n], default a fresh bfloat16 array. backend: "cutlass" means "auto". enable_pdl: accepted, not
+    needed. skip_check: changes nothing.
 
     Raises TypeError and ValueError that name the argument, before anything is launched.
     Numerics: two products; the low-rank one comes first and passes through float32 [m, n]. Values are exact, sums fp32.

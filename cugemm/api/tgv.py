@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cugemm.api.common import gemm_options, product
+from cugemm.api.common import flag, gemm_options, product
 from cugemm.arrays import framework_of
 from cugemm.formats import BF16, FP32
 from cugemm.problem import FLOATS16, OPS, OUT, A, Argument, B, GemmCall, GemmOp, GemmOptions
@@ -60,17 +60,32 @@ def _router(name: str) -> RouterOp:
 _K7168_N128, _K7168_N256, _K6144_N256 = map(_router, _ROUTERS)
 
 
-def tgv_gemm(a: Any, b: Any, bias: Any = None, pdl: bool = False, out: Any = None, *, out_dtype: Any = None, backend: str = "auto") -> Any:
+def tgv_gemm(
+    a: Any,
+    b: Any,
+    bias: Any = None,
+    pdl: bool = False,
+    out: Any = None,
+    *,
+    out_dtype: Any = None,
+    backend: str = "auto",
+    rows: Any = None,
+    static_weights: bool = False,
+    batch_invariant: bool = False,
+) -> Any:
     """out[m, n] = sum over k of a[m, k] * b[k, n] + bias[n], for small m.
 
     a [m, k], b [k, n]: bfloat16 or float16, any layout (column-major b, the transposed view of a weight [n, k], streams best). bias: [n]
     or None.
-    pdl: accepted; the kernels of this version do not overlap launches. out_dtype: default a's dtype. Runs on every supported architecture.
+    rows: int32 or int64 [M], row i of the result is then that of a[rows[i]] (a gather); an index outside [0, m) gives zeros.
+    pdl, static_weights, batch_invariant: as `cugemm.linear`. out_dtype: default a's dtype. Runs on every supported architecture.
     Errors and numerics: as `cugemm.linear`. Source: FlashInfer `tgv_gemm_sm100`.
 
     >>> out = cugemm.tgv_gemm(a, w.T, bias)
     """
-    return product(_TGV, a, b, gemm_options(_TGV, out_dtype, backend), bias=bias, out=out)
+    return product(
+        _TGV, a, b, gemm_options(_TGV, out_dtype, backend, how=(pdl, static_weights, batch_invariant)), bias=bias, rows=rows, out=out
+    )
 
 
 def tgv_gemm_sm100(a: Any, b: Any, bias: Any = None, pdl: bool = False, out: Any = None) -> Any:
@@ -78,21 +93,27 @@ def tgv_gemm_sm100(a: Any, b: Any, bias: Any = None, pdl: bool = False, out: Any
 
     >>> out = cugemm.tgv_gemm_sm100(a, b)
     """
-    return product(_TGV_SM100, a, b, gemm_options(_TGV_SM100), bias=bias, out=out)
+    return product(_TGV_SM100, a, b, gemm_options(_TGV_SM100, how=(pdl, False, False)), bias=bias, out=out)
 
 
 def tinygemm_bf16(input: Any, weight: Any, out: Any, bias: Any = None, use_pdl: bool = False, *, skip_check: bool = False) -> None:
     """out[m, n] = sum over k of input[m, k] * weight[n, k] + bias[n], in place.
 
     input [m, k], weight [n, k]: bfloat16, any strides. out: [m, n] bfloat16 (float16 and float32 work too), is written. bias: [n] or None.
-    use_pdl: accepted; the kernels of this version do not overlap launches. skip_check: changes nothing. No multiple of anything is asked
-    of m, n or k.
+    use_pdl: `pdl` of `cugemm.linear`. skip_check: changes nothing. No multiple of anything is asked of m, n or k.
     Errors and numerics: as `cugemm.linear`; TypeError for JAX arrays, which cannot be written. Source: FlashInfer `tinygemm_bf16`.
 
     >>> cugemm.tinygemm_bf16(x, w, out, bias)
     """
     _in_place(_TINY, input, out, "cugemm.linear(input, weight, bias)")
-    product(_TINY, input, weight, gemm_options(_TINY, b_axes="nk"), bias=bias, out=out)
+    product(
+        _TINY,
+        input,
+        weight,
+        gemm_options(_TINY, how=(flag("tinygemm_bf16", "use_pdl", use_pdl), False, False), b_axes="nk"),
+        bias=bias,
+        out=out,
+    )
 
 
 def mm_M1_16_K7168_N128(  # noqa: N802 - FlashInfer's name
@@ -101,15 +122,15 @@ def mm_M1_16_K7168_N128(  # noqa: N802 - FlashInfer's name
     """out[m, n] = sum over k of mat_a[m, k] * mat_b[k, n], in place, for 1 to 16 rows, k = 7168 and n = 128.
 
     mat_a: [num_tokens, hidden_dim] bfloat16. mat_b: [hidden_dim, num_experts] bfloat16, column-major (the transposed view of a router's
-    weight). out: [num_tokens, num_experts] bfloat16, is written. launch_with_pdl: accepted; the kernels of this version do not overlap
-    launches. skip_check: changes nothing. `mm_bf16` multiplies any shape.
+    weight). out: [num_tokens, num_experts] bfloat16, is written. launch_with_pdl: `pdl` of `cugemm.linear`. skip_check: changes
+    nothing. `mm_bf16` multiplies any shape.
 
     Raises ValueError for other shapes, dtypes and layouts, all of them named; TypeError for what is no array, and for JAX arrays, which
     cannot be written. Numerics: as `cugemm.linear`. Source: FlashInfer `mm_M1_16_K7168_N128`.
 
     >>> cugemm.mm_M1_16_K7168_N128(x, w.T, out)
     """
-    _route(_K7168_N128, mat_a, mat_b, out)
+    _route(_K7168_N128, mat_a, mat_b, out, launch_with_pdl)
 
 
 def mm_M1_16_K7168_N256(  # noqa: N802 - FlashInfer's name
@@ -119,7 +140,7 @@ def mm_M1_16_K7168_N256(  # noqa: N802 - FlashInfer's name
 
     >>> cugemm.mm_M1_16_K7168_N256(x, w.T, out)
     """
-    _route(_K7168_N256, mat_a, mat_b, out)
+    _route(_K7168_N256, mat_a, mat_b, out, launch_with_pdl)
 
 
 def mm_M1_16_K6144_N256(  # noqa: N802 - FlashInfer's name
@@ -129,12 +150,12 @@ def mm_M1_16_K6144_N256(  # noqa: N802 - FlashInfer's name
 
     >>> cugemm.mm_M1_16_K6144_N256(x, w.T, out)
     """
-    _route(_K6144_N256, mat_a, mat_b, out)
+    _route(_K6144_N256, mat_a, mat_b, out, launch_with_pdl)
 
 
-def _route(op: GemmOp, mat_a: Any, mat_b: Any, out: Any) -> None:
+def _route(op: GemmOp, mat_a: Any, mat_b: Any, out: Any, pdl: Any) -> None:
     _in_place(op, mat_a, out, "cugemm.mm_bf16(mat_a, mat_b)")
-    product(op, mat_a, mat_b, gemm_options(op), out=out)
+    product(op, mat_a, mat_b, gemm_options(op, how=(flag(op.name, "launch_with_pdl", pdl), False, False)), out=out)
 
 
 def _in_place(op: GemmOp, a: Any, out: Any, instead: str) -> None:

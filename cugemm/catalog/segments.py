@@ -29,12 +29,11 @@ class Grouping(NamedTuple):
     rows: int = NULL
 
 
-def steps(call: GemmCall) -> Grouping:
-    """How `call` says which rows go where. Rows of the result that nobody selects keep the zeros of the first steps."""
-    if not call.segments:
+def steps(call: GemmCall, clear: bool) -> Grouping:
+    """How `call` says which rows go where. clear: rows of the result that nobody selects keep the zeros of the first steps."""
+    if not call.segments and call.rows_dtype is None:
         return Grouping()
-    assert call.segment_dtype is not None
-    todo: list[Step | Zero] = [*_clear(call)]
+    todo: list[Step | Zero] = [*_clear(call)] if clear else []
     scratch = OUT + 1  # the next of `problem._segment_workspaces`
 
     def own(position: int, count: int, dtype: str | None) -> int:
@@ -49,6 +48,9 @@ def steps(call: GemmCall) -> Grouping:
         return scratch - 1
 
     indptr, row_map = SEGMENTS, NULL
+    if call.segment_dtype is None:
+        rows = own(ROWS, call.m, call.rows_dtype)
+        return Grouping(tuple(todo), rows=rows)
     if call.segments == "indices":
         indptr, row_map, scratch = scratch, scratch + 1, scratch + 2
         todo.append(_step(_SORT, ceil_div(call.batch + 1, 8), (SEGMENTS, indptr, row_map), call.m, call.batch, call.segment_dtype))

@@ -63,8 +63,8 @@ class Skinny:
             return f"multiplies up to {_MOST_ROWS} rows, of a whole matrix"
         if problem.a not in _LEFT or problem.b not in _RIGHT or problem.a_scale or problem.zero:
             return "takes 16-bit or float8 rows, and weights without zero points"
-        if not problem.vector or (problem.a_major, problem.b_major) != ("k", "k"):
-            return "reads both operands along k, in 16-byte pieces"
+        if not problem.b_vector:
+            return "reads weights along k, in 16-byte pieces"
         if _bf16(problem) and FP16.name in (problem.a, problem.b):
             return "does not split fp16 for bf16"
         if problem.scale_block not in (0, 128) or (problem.scale_block and _step(problem) not in (128, 256)):
@@ -104,7 +104,17 @@ class Skinny:
         problem = call.problem
         grid = config.clusters * config.split * call.batch * ceil_div(call.m, config.tokens)
         smem = _smem(problem, config)
-        return gemm.steps(call, self.name, _defines(problem, config), grid, config.threads, smem, config.pdl, config.clusters)
+        return gemm.steps(
+            call,
+            self.name,
+            _defines(problem, config),
+            grid,
+            config.threads,
+            smem,
+            config.pdl,
+            config.clusters,
+            call.problem.grouped or call.segments != "",
+        )
 
 
 def _bf16(problem: Problem) -> bool:
