@@ -192,7 +192,7 @@ struct Fetch {
         if (tile < at.tiles) {
             const i32 step = round * WARPS_K + at.warp_k;  // of this CTA
             const i32 left = step < at.steps ? row_bytes - (at.first_step + step) * 128 : 0;
-            if (left >= 128 && scales_aligned())
+            if (__builtin_expect(left >= 128 && scales_aligned(), 1))
                 copy_whole();
             else
                 copy_end(left);
@@ -253,22 +253,6 @@ struct Fetch {
 
 // Activations ---------------------------------------------------------------------------------------------------------------------
 
-// 8 values of A, `step` bytes apart, of which `exist` are there, as they are stored; zeros for the others.
-__device__ __forceinline__ Chunk load_values(const u8* p, int exist, i64 step, bool whole) {
-    constexpr int kBytes = A_ELEMENT == kBf16 || A_ELEMENT == kFp16 ? 2 : 1, kBits = 8 * kBytes;
-    if (exist >= 8 && whole && kBytes == 2) return load_global_16(p);
-    if (exist >= 8 && whole) return {{load_global_u32(p), load_global_u32(p + 4), 0, 0}};
-    Chunk x = {};
-    u32(&w)[4] = x.word;
-#pragma unroll 1
-    for (int v = smaller(exist, 8) - 1; v >= 0; --v) {  // one by one, the last first
-        const u32 code = kBytes == 2 ? load_global_u16(p + v * step) : load_global_u8(p + v * step);
-        w[3] = w[3] << kBits | w[2] >> (32 - kBits), w[2] = w[2] << kBits | w[1] >> (32 - kBits);
-        w[1] = w[1] << kBits | w[0] >> (32 - kBits), w[0] = w[0] << kBits | code;
-    }
-    return x;
-}
-
 // The row of A that a row of D comes from; -1 where `gather` names none.
 __device__ __forceinline__ i32 source_row(const Args& args, i32 row) {
     if (args.gather == 0) return row;
@@ -276,16 +260,16 @@ __device__ __forceinline__ i32 source_row(const Args& args, i32 row) {
     return source >= 0 && source < args.a_rows ? source : -1;
 }
 
-// All of A that this CTA multiplies, in the order of the units; the rest is zeros. A thread has several loads under way together: `load`
-// begins them, `store` ends them.
+// All of A that this CTA multiplies, in the order of the units; the rest is zeros. Rows that can be read in pieces of 8 values are: a
+// thread has several such loads under way together, `load` begins them, `store` ends them. Others go value by value in `store_others`.
 struct Activations {
-    static constexpr int kBytes = A_ELEMENT == kBf16 || A_ELEMENT == kFp16 ? 2 : 1, kBatch = smaller(8, TOKENS + 1);
+    static constexpr int kBytes = A_ELEMENT == kBf16 || A_ELEMENT == kFp16 ? 2 : 1, kBatch = smaller(4, TOKENS + 1);
     const Args& args;
     const Place& at;
     const u8* a;
     u32 shared;
     i32 all;
-    bool whole;  // in 16-byte pieces
+    bool pieces;
     Chunk x[kBatch];
 
     __device__ __forceinline__ Activations(const Args& args, const Place& at, u32 shared)
@@ -294,29 +278,55 @@ struct Activations {
           a(reinterpret_cast<const u8*>(args.a) + at.batch * args.a_batch * kBytes),
           shared(shared),
           all(at.steps * (kStepBytes / 16)),
-          whole(args.a_k == 1 && (reinterpret_cast<u64>(a) | args.a_row * kBytes) % 16 == 0) {}
+          pieces(args.a_k == 1 && args.k % 8 == 0 && (reinterpret_cast<u64>(a) | args.a_row * kBytes) % 16 == 0) {}
+    // Piece i: its first k, and where it begins; null if it is not there.
+    __device__ __forceinline__ const u8* piece(i32 i, i32& k) const {
+        const int t = i % 4, token = i / 4 % kTokens + i / (4 * kTokens) % kTokenBlocks * 8, unit = i / (4 * kTokens * kTokenBlocks);
+        k = (((at.first_step + unit / (2 * kUnits)) * 2 + unit / kUnits % 2) * 4 + t) * kValues + unit % kUnits * 8;
+        if (i >= all || token >= at.tokens || k >= args.k) return nullptr;
+        const i32 row = source_row(args, at.first_token + token);
+        return row < 0 ? nullptr : a + (row * args.a_row + k * args.a_k) * kBytes;
+    }
     __device__ __forceinline__ void load(i32 first) {
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
-            const i32 i = first + b * kThreads;
-            const int t = i % 4, token = i / 4 % kTokens + i / (4 * kTokens) % kTokenBlocks * 8, unit = i / (4 * kTokens * kTokenBlocks);
-            const i32 step = at.first_step + unit / (2 * kUnits);
-            const i32 k = ((step * 2 + unit / kUnits % 2) * 4 + t) * kValues + unit % kUnits * 8;
-            const i32 row = i < all && token < at.tokens ? source_row(args, at.first_token + token) : -1;
-            x[b] = load_values(a + (row * args.a_row + k * args.a_k) * kBytes, row < 0 ? 0 : args.k - k, args.a_k * kBytes, whole);
+            i32 k;
+            const u8* p = pieces ? piece(first + b * kThreads, k) : nullptr;
+            x[b] = {};
+            if (p && kBytes == 2) x[b] = load_global_16(p);
+            if (p && kBytes == 1) x[b].word[0] = load_global_u32(p), x[b].word[1] = load_global_u32(p + 4);
         }
     }
-    __device__ __forceinline__ void store(i32 first) {
+    __device__ __forceinline__ void store(i32 first) const {
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-            if (first + b * kThreads >= all) break;
-            if constexpr (kBytes == 1) {
-                const u32 low = x[b].word[0], high = x[b].word[1];
-                decode_bytes<A_ELEMENT, kComputeBf16>(low, x[b].word[0], x[b].word[1]);
-                decode_bytes<A_ELEMENT, kComputeBf16>(high, x[b].word[2], x[b].word[3]);
+        for (int b = 0; b < kBatch; ++b)
+            if (first + b * kThreads < all) store_one(first + b * kThreads, x[b]);
+    }
+    __device__ __forceinline__ void store_one(i32 i, Chunk c) const {
+        if constexpr (kBytes == 1) {
+            const u32 low = c.word[0], high = c.word[1];
+            decode_bytes<A_ELEMENT, kComputeBf16>(low, c.word[0], c.word[1]);
+            decode_bytes<A_ELEMENT, kComputeBf16>(high, c.word[2], c.word[3]);
+        }
+        c = pair_up(c);
+        store_shared_16(shared + i * 16, c.word[0], c.word[1], c.word[2], c.word[3]);
+    }
+    __device__ __forceinline__ void store_others() const {
+        constexpr int kBits = 8 * kBytes;
+#pragma unroll 1
+        for (i32 i = threadIdx.x; i < all; i += kThreads) {
+            i32 k;
+            const u8* p = piece(i, k);
+            Chunk c = {};
+            u32(&w)[4] = c.word;
+#pragma unroll 1
+            for (int v = p ? smaller(args.k - k, 8) - 1 : -1; v >= 0; --v) {  // the last first
+                const u8* value = p + v * args.a_k * kBytes;
+                const u32 code = kBytes == 2 ? load_global_u16(value) : load_global_u8(value);
+                w[3] = w[3] << kBits | w[2] >> (32 - kBits), w[2] = w[2] << kBits | w[1] >> (32 - kBits);
+                w[1] = w[1] << kBits | w[0] >> (32 - kBits), w[0] = w[0] << kBits | code;
             }
-            const Chunk pairs = pair_up(x[b]);
-            store_shared_16(shared + (first + b * kThreads) * 16, pairs.word[0], pairs.word[1], pairs.word[2], pairs.word[3]);
+            store_one(i, c);
         }
     }
 };
@@ -469,7 +479,7 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
 
 // What the sums of one part of a tile (an MMA's 16 columns of D and 8 rows) are multiplied by and added to. Loaded long before it is used.
 struct Factors {
-    float column[2], row[2], bias[4], alpha;
+    float column[2], row[2], bias[2], alpha;
     bool none[2];  // no row of A: zeros
 
     static __device__ __forceinline__ float scale(u64 pointer, const ScaleArgs& s, i32 matrix, i32 at, float value) {
@@ -487,9 +497,8 @@ struct Factors {
                 const i32 source = source_row(args, token);
                 if (r == 0) row[c] = scale(args.a_outer, args.a_outers, at.batch, larger(source, 0), args.a_outer_value);
                 if (r == 0) none[c] = source < 0;
-                bias[2 * r + c] =
-                    args.bias ? load_float(args.bias, at.batch * args.bias_expert + token * args.bias_row + n, args.bias_type) : 0.f;
             }
+            bias[r] = args.bias ? load_float(args.bias, at.batch * args.bias_expert + n, args.bias_type) : 0.f;
         }
     }
     // sum * row[m] * column[n] * alpha + bias[n], in this order.
@@ -498,7 +507,9 @@ struct Factors {
         for (int v = 0; v < 4; ++v) {
             const i32 n = tile * kRows + part / kTokenBlocks * 16 + v / 2 * 8 + at.g, token = part % kTokenBlocks * 8 + at.t * 2 + v % 2;
             if (n >= args.n || token >= at.tokens) continue;
-            const float x = none[v % 2] ? 0.f : sum[v] * kResidue * row[v % 2] * column[v / 2] * alpha + bias[v];
+            float b = bias[v / 2];
+            if (args.bias_row != 0) b = load_float(args.bias, (at.first_token + token) * args.bias_row + n, args.bias_type);  // of each row
+            const float x = none[v % 2] ? 0.f : sum[v] * kResidue * row[v % 2] * column[v / 2] * alpha + b;
             const float four[4] = {x, 0.f, 0.f, 0.f};
             store_four(args.out, at.batch * args.out_batch + (at.first_token + token) * args.out_row + n * args.out_column, args.out_column,
                        args.out_type, four, 1);
@@ -557,27 +568,35 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
     const u32 activations = shared_address(shared_bytes), sums = activations + each * kStepBytes,
               mail = sums + (WARPS_K > 1 ? 2 * WARPS * kSumBytes : 0), rings = mail + (SPLIT > 1 ? 2 * SPLIT * kGroups * kSumBytes : 0);
     Fetch fetch(args, at, rings + warp * STAGES * kStageBytes);
-    const auto fill = [&] {
-#pragma unroll 1
-        for (int i = 0; i < STAGES - 1; ++i) fetch.next();
-    };
 #if SPLIT > 1
     cluster_arrive();  // nobody writes to a CTA that has not begun
 #endif
-    if (args.early == 2) fill();
-#if __CUDA_ARCH__ >= 900
-    if (args.early == 1) fetch.prefetch();
-    wait_for_predecessor();
-#endif
-    const i32 rows = args.grouped == 2 ? smaller(args.m, reinterpret_cast<const i32*>(args.indptr)[at.batch]) : args.m;
-    at.tokens = larger(0, smaller(TOKENS, rows - at.first_token));
-    if (at.tokens == 0) at.tiles = 0;
     Activations x(args, at, activations);
-    x.load(threadIdx.x);  // ahead of the weights in every queue
-    if (args.early != 2) fill();
-    x.store(threadIdx.x);
+    const int early = args.early == 0   ? 1
+                      : args.early == 1 ? 0
+                                        : STAGES - 1;  // NOTE: A is asked for ahead of most weights, where it can be
 #pragma unroll 1
-    for (i32 first = threadIdx.x + x.kBatch * kThreads; first < x.all; first += x.kBatch * kThreads) x.load(first), x.store(first);
+    for (int i = 0;; ++i) {
+        if (i == early) {
+#if __CUDA_ARCH__ >= 900
+            if (args.early == 1) fetch.prefetch();
+            wait_for_predecessor();
+#endif
+            const i32 rows = args.grouped == 2 ? smaller(args.m, reinterpret_cast<const i32*>(args.indptr)[at.batch]) : args.m;
+            at.tokens = larger(0, smaller(TOKENS, rows - at.first_token));
+            if (at.tokens == 0) at.tiles = 0;
+            x.load(threadIdx.x);
+        }
+        if (i == STAGES - 1) break;
+        fetch.next();
+    }
+    if (x.pieces) {
+        x.store(threadIdx.x);
+#pragma unroll 1
+        for (i32 first = threadIdx.x + x.kBatch * kThreads; first < x.all; first += x.kBatch * kThreads) x.load(first), x.store(first);
+    } else {
+        x.store_others();
+    }
     __syncthreads();
 
     u32 stage = fetch.ring;
