@@ -1,13 +1,16 @@
-"""The cost model against recorded times: the tile it picks is nearly always nearly the best."""
+"""The cost models against recorded times: what they pick is nearly always nearly the best."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections import defaultdict
 
+import pytest
 from conftest import ROOT
 
 from cugemm import arch, select
+from cugemm.catalog import portable, skinny
 from cugemm.problem import Problem, bucket
 
 RECORD = json.loads((ROOT / "docs" / "benchmarks" / "portable_tiles.json").read_text())
@@ -19,11 +22,27 @@ FORMATS = {
     "w4a16_fp4": ("bf16", "e2m1x2", 0),
 }
 
+SKINNY = json.loads((ROOT / "docs" / "benchmarks" / "skinny_configs.json").read_text())
+SKINNY_FORMATS = {
+    "bf16": ("bf16", "bf16", "", 0),
+    "fp8_tensor": ("e4m3", "e4m3", "", 0),
+    "w8a16_fp8": ("bf16", "e4m3", "", 0),
+    "w4a16_nvfp4": ("bf16", "e2m1x2", "e4m3", 0),
+    "w4a16_mxfp4": ("bf16", "e2m1x2", "e8m0", 0),
+    "int4_g128": ("bf16", "int4x2", "", 128),
+}
+
 
 def question(name: str, m: int, n: int, k: int) -> Problem:
     """The product of a recorded row, dense, both operands k-major."""
     a, b, block = FORMATS[name]
-    return Problem(bucket(m), n, k, 1, False, a, b, "", "", False, block, "k", "k", True, "bfloat16", "fast", "auto", "sm_90a")
+    return Problem(bucket(m), n, k, 1, False, a, b, "", "", False, block, "k", "k", True, "bfloat16", "fast", "portable", "sm_90a")
+
+
+def skinny_question(name: str, m: int, n: int, k: int, pdl: str = "") -> Problem:
+    a, b, b_scale, block = SKINNY_FORMATS[name]
+    rest = (False, block, "k", "k", True, "bfloat16", "fast", "auto", "sm_90a", 0, pdl)
+    return Problem(m, n, k, 1, False, a, b, "", b_scale, *rest)
 
 
 def test_choice_is_near_the_best_recorded() -> None:
@@ -49,3 +68,40 @@ def test_prediction_is_within_a_third_of_the_record() -> None:
         predicted = next(r.us for r in ranking if tuple(r.config) == tuple(RECORD["configs"][config]))
         wrong.append(max(predicted / us, us / predicted))
     assert sum(factor < 1.33 for factor in wrong) > 0.95 * len(wrong)
+
+
+def skinny_picks(pdl: str) -> list[tuple[float, float, float]]:
+    """Of each recorded problem: predicted us of the pick among configs that were measured, its own us, the best us."""
+    times: dict[tuple[str, int, int, int], dict[tuple[int, ...], float]] = defaultdict(dict)
+    for name, m, n, k, config, plain, static in SKINNY["rows"]:
+        times[name, m, n, k][tuple(SKINNY["configs"][config])] = static if pdl else plain
+    picks = []
+    for (name, m, n, k), measured in times.items():
+        problem = skinny_question(name, m, n, k, pdl)
+        configs = [c for c in skinny.KERNEL.candidates(problem, arch.H100) if c[:7] in measured]
+        predicted, chosen = min((skinny.KERNEL.cost(problem, c, arch.H100), c[:7]) for c in configs)
+        picks.append((predicted, measured[chosen], min(measured.values())))
+    return picks
+
+
+@pytest.mark.parametrize(("pdl", "near", "worst"), [("", 0.92, 1.06), ("static", 0.85, 1.12)])
+def test_skinny_choice_is_near_the_best_recorded(pdl: str, near: float, worst: float) -> None:
+    losses = [us / best for _, us, best in skinny_picks(pdl)]
+    assert len(losses) == 54
+    assert sum(loss < 1.05 for loss in losses) >= near * len(losses)
+    assert max(losses) < worst
+
+
+@pytest.mark.parametrize(("pdl", "usual", "worst"), [("", 1.05, 1.17), ("static", 1.07, 1.2)])
+def test_skinny_prediction_is_near_the_record(pdl: str, usual: float, worst: float) -> None:
+    wrong = [max(predicted / us, us / predicted) for predicted, us, _ in skinny_picks(pdl)]
+    assert statistics.median(wrong) < usual
+    assert max(wrong) < worst
+
+
+def test_few_rows_of_a_large_weight_go_to_skinny() -> None:
+    for name in SKINNY_FORMATS:
+        for m in (1, 2, 4, 8, 16):
+            for n, k in ((28672, 4096), (4096, 14336)):
+                assert select.choose(skinny_question(name, m, n, k), arch.H100).best.kernel is skinny.KERNEL
+    assert select.choose(skinny_question("bf16", 128, 28672, 4096), arch.H100).best.kernel is portable.KERNEL

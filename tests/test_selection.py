@@ -10,7 +10,7 @@ import pytest
 
 from cugemm import arch, select
 from cugemm.arch import Device
-from cugemm.catalog import KERNELS, portable
+from cugemm.catalog import KERNELS, portable, skinny
 from cugemm.conversion import QuantizeProblem
 from cugemm.errors import NoKernelError
 from cugemm.formats import ALL, FORMATS
@@ -89,16 +89,18 @@ def test_total_and_pure(target: str) -> None:
 
 @pytest.mark.parametrize("target", ARCHS)
 def test_few_configs_for_a_weight(target: str) -> None:
-    """At most 16 configs for one (format, n, k), over every m, layout of a, batch, group and result."""
+    """For one (format, n, k): at most 16 tiles of portable over every m, layout of a, batch, group and result; 13 of skinny for each m."""
+    rows = (1, 16, 64, 256, 4374, 100_000)
     for (a, b), block, (n, k) in itertools.product(itertools.product(LEFT, KINDS), SCALED, NK[::4]):
-        configs = {
-            (kernel.name, config)
-            for m, vector, grouped in itertools.product((1, 16, 64, 256, 4374, 100_000), (True, False), (False, True))
-            for kernel in KERNELS
-            if kernel.refuse(problem := question(m, n, k, a, b, target, vector=vector, grouped=grouped, scale_block=block)) is None
-            for config in kernel.candidates(problem, arch.H100)
-        }
-        assert 1 <= len(configs) <= 16, (a, b, n, k, sorted(map(str, configs)))
+        found: dict[tuple[str, int], set[tuple[object, ...]]] = {}
+        for m, vector, grouped in itertools.product(rows, (True, False), (False, True)):
+            problem = question(m, n, k, a, b, target, vector=vector, grouped=grouped, scale_block=block)
+            for kernel in KERNELS:
+                if kernel.refuse(problem) is None:
+                    held = found.setdefault((kernel.name, m if kernel is skinny.KERNEL else 0), set())
+                    held.update(kernel.candidates(problem, arch.H100))
+        for (name, m), configs in found.items():
+            assert 1 <= len(configs) <= (13 if name == "skinny" else 16), (a, b, m, n, k, sorted(map(str, configs)))
 
 
 def shared_memory(problem: Problem, config: portable.Config) -> int:
@@ -131,6 +133,25 @@ def test_configs_satisfy_the_kernel(target: str) -> None:
             assert c.threads <= 1024
             assert not problem.scale_block or problem.scale_block % warp[2] == 0 or warp[2] % problem.scale_block == 0
             assert problem.vector or warp[0] * warp[1] // 32 <= 64
+
+
+@pytest.mark.parametrize("target", ARCHS)
+def test_skinny_configs_satisfy_the_kernel_and_fit(target: str) -> None:
+    machine = arch.get(target)
+    for problem in grid(target):
+        if skinny.KERNEL.refuse(problem) is not None:
+            continue
+        for device in (arch.H100, SMALL, LAPTOP):
+            configs = skinny.KERNEL.candidates(problem, device)
+            assert 1 <= len(configs) <= 13
+            for c in configs:
+                assert c.warps % c.warps_k == 0
+                assert c.stages >= 2
+                assert c.tokens & (c.tokens - 1) == 0
+                assert c.clusters >= 1
+                assert c.split == 1 or "cluster" in machine.features
+                assert (skinny._smem(problem, c) + 1024) * c.ctas <= machine.smem_per_sm
+                assert skinny._smem(problem, c) <= machine.max_smem
 
 
 def test_buckets() -> None:

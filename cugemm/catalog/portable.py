@@ -49,7 +49,7 @@ class _Tile(NamedTuple):
     among: dict[str, float]
 
 
-# Fitted to 1620 recorded times (docs/benchmarks/portable_tiles.json); the choice they lead to is within 5 % of the best on 98 % of them.
+# Fitted to 1620 recorded times (docs/benchmarks/portable_tiles.json); the choice they lead to is within 5 % of the best on 97 % of them.
 # 64x64 a warp reuses fragments most, but leaves no registers for decoding or for a second set of sums.
 _LARGE = _Tile((128, 128, 64, 2, 2, 1), 2, {"plain": 13.1}, {"plain": 11.1})
 _LARGE_DECODING = _Tile(
@@ -77,6 +77,8 @@ _MEDIUM_ANY = _Tile((64, 64, 64, 2, 4, 1), 1, {c: 14.0 * f for c, f in _ANY.item
 _SMALL_ANY = _Tile((16, 32, 128, 1, 1, 4), 2, {c: 8.0 * f for c, f in _ANY.items()}, {c: 4.0 * f for c, f in _ANY.items()})
 _CALIBRATED_KHZ = 1_980_000
 _LAUNCH_US = 2.5
+_READ = 0.87
+"""Part of the bandwidth of a pure-read kernel that a product reaches."""
 
 
 class Portable:
@@ -107,7 +109,7 @@ class Portable:
         busy = (full * together(resident) + together(last)) * problem.k * _planes(problem) * 1e-3 * _CALIBRATED_KHZ / device.clock_khz
         rows, weights = (problem.m, problem.batch) if problem.grouped else (problem.m * problem.batch, problem.batch)
         values = rows * problem.k * ELEMENTS[problem.a].bits + weights * problem.n * problem.k * ELEMENTS[problem.b].bits
-        memory = (values / 8 + rows * problem.n * 2) / (device.read_gbs * 1e3)
+        memory = (values / 8 + rows * problem.n * 2) / (_READ * device.read_gbs * 1e3)
         return _LAUNCH_US + max(busy, memory)
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:

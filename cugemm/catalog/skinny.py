@@ -1,23 +1,23 @@
-"""`kernels/skinny.cu`: products of up to 16 rows with weights contiguous along k, dense, batched or masked, sm_80 and up."""
+"""`kernels/skinny.cu`: products of few rows with weights contiguous along k, dense, batched or masked, sm_80 and up."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import NamedTuple
 
 from cugemm import arch
 from cugemm.arch import Device
 from cugemm.catalog import gemm
 from cugemm.catalog.step import Step, Zero
-from cugemm.formats import BF16, E2M1X2, E4M3, E8M0, ELEMENTS, FP16, INT4X2, INT8
+from cugemm.formats import BF16, E2M1X2, E4M3, E5M2, E8M0, ELEMENTS, FP16, INT4X2, INT8
 from cugemm.problem import FLOATS8, FLOATS16, GemmCall, Problem
 from cugemm.scales import ceil_div
 
 _MOST_ROWS = 64
+_FEW = 16
 _LEFT = (*FLOATS16, *FLOATS8)
 _RIGHT = (*FLOATS16, *FLOATS8, E2M1X2.name, INT8.name, INT4X2.name)
-_SHARED = 200 * 1024
-"""Of a CTA: a ring much longer does not read faster."""
-
 
 _REACHED = {1: 1.0, 2: 1.0, 4: 0.87, 8: 0.84}
 """Part of the SMs that clusters of so many CTAs reach: they do not fit every GPC (measured on an H100)."""
@@ -48,6 +48,55 @@ class Config(NamedTuple):
         )
 
 
+# What follows is fitted to 659 recorded times of 1, 8 and 16 rows (docs/benchmarks/skinny_configs.json); the choice it leads to is within
+# 5 % of the best on 94 % of the 54 problems, and on 87 % with pdl="static". More than 16 rows are an extrapolation.
+_SHAPES = (
+    (16, 16, 1, 4, 1, 1), (16, 8, 1, 4, 1, 1), (16, 4, 1, 4, 1, 1), (8, 8, 1, 4, 1, 2), (8, 4, 1, 4, 1, 1), (8, 4, 1, 4, 1, 2),
+    (8, 8, 2, 3, 1, 1), (8, 4, 1, 4, 2, 1), (8, 4, 1, 4, 2, 2), (8, 2, 2, 3, 4, 1), (8, 2, 1, 4, 4, 1), (8, 4, 1, 4, 8, 1),
+    (8, 2, 1, 4, 8, 1),
+)  # fmt: skip
+"""`Config` from `warps` to `ctas`. Few rows need no cluster; more, and longer ones, leave room for rings only where CTAs share k."""
+_WIDE = (
+    (16, 8, 1, 4, 1, 1), (8, 8, 1, 4, 1, 1), (8, 4, 1, 4, 4, 1), (8, 2, 1, 4, 4, 1), (8, 4, 1, 4, 8, 1), (8, 2, 1, 4, 8, 1),
+)  # fmt: skip
+"""Those for more than 16 rows, held all together or 16 at a time."""
+
+# What a step of a warp costs its SM, in ns on an H100 at 1.98 GHz: always, to decode 16 columns, for their products with 8 rows and 64 k.
+_STEP_NS = 12.0
+_DECODE_NS = {
+    (BF16.name, ""): 0.0,
+    (FP16.name, ""): 0.0,
+    (E4M3.name, ""): 17.0,
+    (E5M2.name, ""): 17.0,
+    (INT8.name, ""): 17.0,
+    (E4M3.name, E8M0.name): 27.0,
+    (E5M2.name, E8M0.name): 27.0,
+    (E2M1X2.name, ""): 54.0,
+    (E2M1X2.name, E4M3.name): 54.0,
+    (E2M1X2.name, E8M0.name): 58.0,
+    (INT4X2.name, ""): 44.0,
+}
+"""By element and scales of the weights. Measured: 16 bits, e4m3 to bf16, nvfp4, mxfp4, int4 (with blocks); the others are like them."""
+_CONVERT_NS = 7.0
+"""In place of 17 where the hardware converts 8-bit floats to fp16."""
+_BLOCK_NS = 30.0
+"""More where floats scale sums of 128."""
+_MULTIPLY_NS = 2.0
+_LATENCY = 3.9
+"""How much longer a warp takes for a step, which it does not share with others."""
+_TILE_NS = 340.0
+_SUM_NS = 58.0
+"""For each tile, and for each part of it (16 columns, 8 rows) that another warp left."""
+_STAGE_NS, _STAGE_BYTES = 340.0, 37.0
+"""Rows of A to shared memory: latency of each batch of loads, bytes of an SM in a ns."""
+_LAUNCH_US, _STATIC_US, _CLUSTER_US = 1.8, 0.75, 2.3
+_AHEAD = 0.5
+"""Part of what the rings hold that arrives before the predecessor ends, where the weights may be read by then."""
+_AGAIN = 0.5
+"""Reading weights again, for further rows of A: mostly from L2."""
+_CALIBRATED_KHZ = 1_980_000
+
+
 class Skinny:
     name = "skinny"
     multiplies = True
@@ -57,8 +106,8 @@ class Skinny:
             return "multiplies matrices, does not convert them"
         if problem.backend not in ("auto", self.name):
             return f"backend={problem.backend!r} was asked for"
-        if problem.backend == "auto":
-            return "not proven yet"
+        if problem.arch not in ("", *arch.ARCHS):
+            return "needs sm_80 or newer"
         if problem.m > _MOST_ROWS or problem.grouped:
             return f"multiplies up to {_MOST_ROWS} rows, of a whole matrix"
         if problem.a not in _LEFT or problem.b not in _RIGHT or problem.a_scale or problem.zero:
@@ -75,30 +124,46 @@ class Skinny:
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
         target = arch.get(problem.arch) if problem.arch else arch.get("sm_90a")
-        limit = min(target.max_smem, _SHARED)
-        tokens = max(1, 1 << (problem.m - 1).bit_length())
-        found = []
-        for split in (1, 2, 4, 8) if "cluster" in target.features else (1,):
-            steps = ceil_div(ceil_div(problem.k, _step(problem)), split)
-            for warps, warps_k in ((16, 16), (16, 8), (16, 4), (8, 8), (8, 4), (16, 2), (16, 1)):
-                for row_blocks in (1, 2):
-                    for stages in (4, 3, 2):
-                        config = Config(tokens, warps, warps_k, row_blocks, stages, split, 1)
-                        if warps_k <= max(steps, 1) and _smem(problem, config) <= limit:
-                            found.append(config._replace(clusters=_clusters(problem, config, device), pdl=problem.pdl))
-                            break
-        return tuple(found)
+        whole = 1 << (problem.m - 1).bit_length()
+        few = problem.m <= _FEW
+        shapes = [s for s in (_SHAPES if few else _WIDE) if s[4] == 1 or "cluster" in target.features]
+        wanted = [Config(tokens, *s, pdl=problem.pdl) for tokens, s in itertools.product((whole,) if few else (_FEW, whole), shapes)]
+        for stages in (4, 3, 2):  # rings are shorter only where none fits as it should be
+            configs = [c._replace(stages=min(c.stages, stages)) for c in wanted]
+            fitting = [c for c in configs if _smem(problem, c) <= min(target.max_smem, target.smem_per_sm // c.ctas - 1024)]
+            if fitting:
+                return tuple(c._replace(clusters=_clusters(problem, c, device)) for c in fitting)
+        return ()
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        """A placeholder until times are measured: balance of the CTAs, then bytes."""
-        values = problem.batch * problem.n * problem.k * ELEMENTS[problem.b].bits / 8
-        tiles = ceil_div(problem.n, 16 * config.row_blocks)
-        groups = config.clusters * (config.warps // config.warps_k)
-        rounds = ceil_div(tiles, groups)
-        waste = rounds * groups / tiles
-        return (
-            2.5 + values / (device.read_gbs * 1e3) * waste + 0.5 * (config.split > 1) + 0.01 * config.split + 0.02 * (16 - config.warps_k)
-        )
+        """What the busiest SM does, what its warps wait for, and what memory brings, which overlap in part; and what comes before them."""
+        tiles, steps = ceil_div(problem.n, 16 * config.row_blocks), _steps(problem, config)
+        turns = ceil_div(tiles, config.clusters * (config.warps // config.warps_k))
+        rounds = ceil_div(steps, config.warps_k)
+        pieces = ceil_div(problem.m, config.tokens)
+        clusters = config.clusters * problem.batch * pieces
+        resident = _resident(config, device)
+        waves = ceil_div(clusters, resident)
+        ctas = min(config.ctas, ceil_div(clusters * config.split, device.sm_count))
+
+        blocks = ceil_div(config.tokens, 8)
+        products = _chunk(problem) // 8 * blocks
+        step = _STEP_NS + config.row_blocks * (_decode(problem) + _MULTIPLY_NS * products)
+        work = turns * rounds * config.warps * ctas * step
+        sums = _SUM_NS * config.warps_k * config.row_blocks * blocks
+        latency = turns * (rounds * _LATENCY * step + _TILE_NS + sums)
+        rows = _rows_bytes(problem, config)
+        loads = ceil_div(rows, 16 * config.threads * min(8, config.tokens + 1))
+        clock = _CALIBRATED_KHZ / device.clock_khz
+        before = waves * (rows / _STAGE_BYTES + loads * _STAGE_NS) * 1e-3 * clock
+
+        memory = _bytes(problem, pieces)
+        if config.pdl == "static":
+            ring = config.warps * (config.stages - 1) * 2048 * config.row_blocks
+            memory -= _AHEAD * min(memory, min(clusters, resident) * config.split * ring)
+        launch = (_STATIC_US if config.pdl == "static" else _LAUNCH_US) + _CLUSTER_US * (config.split > 1)
+        spent = waves * clock * 1e-3
+        return launch + before + math.hypot(work * spent, latency * spent, memory / (device.read_gbs * 1e3))
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
         problem = call.problem
@@ -133,20 +198,47 @@ def _step(problem: Problem) -> int:
 def _clusters(problem: Problem, config: Config, device: Device) -> int:
     """For each matrix: no more than have a tile, and than fit the GPU."""
     tiles = ceil_div(ceil_div(problem.n, 16 * config.row_blocks), config.warps // config.warps_k)
-    fit = device.sm_count * config.ctas * _REACHED[config.split] // config.split
-    return max(1, min(tiles, int(fit) // ceil_div(problem.m, config.tokens)))
+    return max(1, min(tiles, _resident(config, device) // ceil_div(problem.m, config.tokens)))
+
+
+def _resident(config: Config, device: Device) -> int:
+    """Clusters that the GPU holds at once."""
+    return max(1, int(device.sm_count * config.ctas * _REACHED[config.split] // config.split))
+
+
+def _steps(problem: Problem, config: Config) -> int:
+    """Of a CTA, along k."""
+    return ceil_div(ceil_div(problem.k, _step(problem)), config.split)
+
+
+def _rows_bytes(problem: Problem, config: Config) -> int:
+    """Of A in shared memory."""
+    return _steps(problem, config) * _step(problem) * min(config.tokens, 8) * ceil_div(config.tokens, 8) * 2
+
+
+def _decode(problem: Problem) -> float:
+    """ns of an SM for 128 bytes of each of 16 weight rows."""
+    hardware = not _bf16(problem) and "fp8_cvt" in arch.get(problem.arch or "sm_90a").features
+    ns = _CONVERT_NS if hardware and problem.b in FLOATS8 else _DECODE_NS[problem.b, problem.b_scale]
+    return ns + (_BLOCK_NS if problem.scale_block else 0.0)
+
+
+def _bytes(problem: Problem, pieces: int) -> float:
+    """What all CTAs read and write; weights that are read again count in part."""
+    block_bits = {E4M3.name: 8 / 16, E8M0.name: 8 / 32}.get(problem.b_scale, 0.0)
+    weights = problem.n * problem.k * (ELEMENTS[problem.b].bits + block_bits) / 8 * (1 + _AGAIN * (pieces - 1))
+    rows = problem.m * (problem.k * ELEMENTS[problem.a].bits / 8 + problem.n * 2)
+    return problem.batch * (weights + rows)
 
 
 def _smem(problem: Problem, config: Config) -> int:
     blocks = ceil_div(config.tokens, 8)
-    held = min(config.tokens, 8) * blocks
-    steps = ceil_div(ceil_div(problem.k, _step(problem)), config.split)
     words = 4 if problem.b_scale == E4M3.name else _chunk(problem) // 16 if problem.b_scale else 0
     stage = 2048 * config.row_blocks + 16 * config.row_blocks * words * 4
     sums = config.row_blocks * blocks * 512
     mail = 2 * config.split * (config.warps // config.warps_k) * sums if config.split > 1 else 0
     own = 2 * config.warps * sums if config.warps_k > 1 else 0
-    return steps * _step(problem) * held * 2 + own + mail + config.warps * config.stages * stage
+    return _rows_bytes(problem, config) + own + mail + config.warps * config.stages * stage
 
 
 def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
