@@ -269,8 +269,7 @@ class Listed(NamedTuple):
 
 
 def configs(formats: Iterable[str], weights: Iterable[tuple[int, int]], target: arch.Arch) -> Iterator[Listed]:
-    """Every config that `formats` may run with: those of products for any m, which a cost model or a tuned table chooses from, and all
-    others once."""
+    """Every config that `formats` run with: those of products for any m, and all others once."""
     named = [case(name) for name in formats]
     others: dict[Listed, None] = {}
     for n, k in weights:
@@ -291,12 +290,11 @@ def _of_buckets(name: str, recorded: launch.Recorded, target: arch.Arch) -> Iter
     pair = str(problem).partition(" -> ")[0]
     for m in BUCKETS:
         choice = choose(recorded._replace(call=recorded.call._replace(problem=problem._replace(m=m))), target)
-        for ranked in choice.ranking:
-            yield Listed(f"{name} ({pair})", problem.n, problem.k, ranked.kernel.name, str(ranked.config))
+        yield Listed(f"{name} ({pair})", problem.n, problem.k, choice.best.kernel.name, str(choice.best.config))
 
 
 def jobs(formats: Iterable[str], weights: Sequence[tuple[int, int]], target: arch.Arch) -> list[Job]:
-    """The cubins that `formats` can need on `target`, each once, those of quantisation, of grouping and of mixtures included."""
+    """The cubins that `formats` need on `target`, each once, those of quantisation, of grouping and of mixtures included."""
     found: dict[tuple[str, tuple[tuple[str, int], ...]], Job] = {
         ("segments", (("MODE", mode),)): Job("segments", target, {"MODE": mode}) for mode in segments.MODES
     }
@@ -306,8 +304,8 @@ def jobs(formats: Iterable[str], weights: Sequence[tuple[int, int]], target: arc
             for m in BUCKETS:
                 calls += record(one, m, n, k)
         for recorded in calls:
-            for ranked in choose(recorded, target).ranking:
-                for step in ranked.kernel.steps(recorded.call, ranked.config):
-                    if isinstance(step, Step):
-                        found.setdefault((step.source, step.defines), Job(step.source, target, dict(step.defines)))
+            best = choose(recorded, target).best
+            for step in best.kernel.steps(recorded.call, best.config):
+                if isinstance(step, Step):
+                    found.setdefault((step.source, step.defines), Job(step.source, target, dict(step.defines)))
     return list(found.values())

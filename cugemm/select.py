@@ -44,6 +44,8 @@ def choose(problem: Any, device: Device) -> Choice:
     if not willing:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
         raise NoKernelError(f"no kernel for {problem}: {reasons}.")
+    if getattr(problem, "batch_invariant", False):  # one kernel for every m
+        willing = willing[:1]
     ranking = [
         Ranked(kernel, config, kernel.cost(problem, config, device)) for kernel in willing for config in kernel.candidates(problem, device)
     ]

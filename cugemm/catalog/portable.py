@@ -94,7 +94,10 @@ class Portable:
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
         limit = arch.get(problem.arch).max_smem if problem.arch else arch.get("sm_89").max_smem
-        return tuple(_config(problem, tile, limit) for tile in _tiles(problem))
+        tiles = _tiles(problem)
+        if problem.batch_invariant:  # these add up along k in one order
+            tiles = tuple(tile for tile in tiles if tile.shape[5] == 1)
+        return tuple(_config(problem, tile, limit) for tile in tiles)
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
         """The CTAs of the busiest SM one after the other, but never faster than the operands come from memory."""

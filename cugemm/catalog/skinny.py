@@ -108,7 +108,7 @@ class Skinny:
             return f"backend={problem.backend!r} was asked for"
         if problem.arch not in ("", *arch.ARCHS):
             return "needs sm_80 or newer"
-        if problem.m > _MOST_ROWS or problem.grouped:
+        if (problem.m > _MOST_ROWS and not problem.batch_invariant) or problem.grouped:
             return f"multiplies up to {_MOST_ROWS} rows, of a whole matrix"
         if problem.a not in _LEFT or problem.b not in _RIGHT or problem.a_scale or problem.zero:
             return "takes 16-bit or float8 rows, and weights without zero points"
@@ -124,16 +124,28 @@ class Skinny:
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
         target = arch.get(problem.arch) if problem.arch else arch.get("sm_90a")
+        if problem.batch_invariant:
+            return self.invariant(problem, target, device)
         whole = 1 << (problem.m - 1).bit_length()
         few = problem.m <= _FEW
         shapes = [s for s in (_SHAPES if few else _WIDE) if s[4] == 1 or "cluster" in target.features]
         wanted = [Config(tokens, *s, pdl=problem.pdl) for tokens, s in itertools.product((whole,) if few else (_FEW, whole), shapes)]
         for stages in (4, 3, 2):  # rings are shorter only where none fits as it should be
             configs = [c._replace(stages=min(c.stages, stages)) for c in wanted]
-            fitting = [c for c in configs if _smem(problem, c) <= min(target.max_smem, target.smem_per_sm // c.ctas - 1024)]
+            fitting = [c for c in configs if _fits(problem, c, target)]
             if fitting:
                 return tuple(c._replace(clusters=_clusters(problem, c, device)) for c in fitting)
         return ()
+
+    def invariant(self, problem: Problem, target: arch.Arch, device: Device) -> tuple[Config, ...]:
+        """Those that add up in the order that is best for 16 rows, whatever m is."""
+        usual = problem._replace(m=_FEW, batch=1, batch_invariant=False, pdl="")
+        best = min(self.candidates(usual, device), key=lambda c: self.cost(usual, c, device), default=None)
+        if best is None:
+            return ()
+        whole = 1 << (problem.m - 1).bit_length()
+        wanted = (best._replace(tokens=tokens, pdl=problem.pdl) for tokens in sorted({min(whole, _FEW), min(whole, _MOST_ROWS)}))
+        return tuple(c._replace(clusters=_clusters(problem, c, device)) for c in wanted if _fits(problem, c, target))
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
         """What the busiest SM does, what its warps wait for, and what memory brings, which overlap in part; and what comes before them."""
@@ -169,17 +181,10 @@ class Skinny:
         problem = call.problem
         grid = config.clusters * config.split * call.batch * ceil_div(call.m, config.tokens)
         smem = _smem(problem, config)
+        masked = call.segments != ""
         return gemm.steps(
-            call,
-            self.name,
-            _defines(problem, config),
-            grid,
-            config.threads,
-            smem,
-            config.pdl,
-            config.clusters,
-            call.problem.grouped or call.segments != "",
-        )
+            call, self.name, _defines(problem, config), grid, config.threads, smem, config.pdl, config.clusters, clear=masked
+        )  # fmt: skip
 
 
 def _bf16(problem: Problem) -> bool:
@@ -239,6 +244,10 @@ def _smem(problem: Problem, config: Config) -> int:
     mail = 2 * config.split * (config.warps // config.warps_k) * sums if config.split > 1 else 0
     own = 2 * config.warps * sums if config.warps_k > 1 else 0
     return _rows_bytes(problem, config) + own + mail + config.warps * config.stages * stage
+
+
+def _fits(problem: Problem, config: Config, target: arch.Arch) -> bool:
+    return _smem(problem, config) <= min(target.max_smem, target.smem_per_sm // config.ctas - 1024)
 
 
 def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
