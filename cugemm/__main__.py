@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cugemm import arch, bench, calls, cases, compile, demo, driver, info, records
@@ -194,7 +194,15 @@ def _bench_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--preset",
         choices=tuple(cases.PRESETS),
-        help="of products: baselines is the published set, formats has every format on a few shapes, quick (the default) is the smallest",
+        help="of products: baselines is the published set, formats has every format on a few shapes, decode is what one step of "
+        f"{cases.DECODE.name} multiplies, quick (the default) is the smallest",
+    )
+    command.add_argument(
+        "--chain",
+        type=_positive,
+        metavar="N",
+        help="of products: N in one graph, each of what the one before it wrote; 32 or more, so that their weights are cold. "
+        "With decode: N layers (default 8)",
     )
     command.add_argument("--formats", type=_words, help="comma-separated, of " + ", ".join(cases.CASES))
     command.add_argument("--shapes", type=_weights, help="NxK,... of the weights, each with every --m")
@@ -226,15 +234,7 @@ def _bench_gpu(options: argparse.Namespace, document: records.Document) -> None:
     until = time.monotonic() + options.seconds
     machine = bench.Bench()
     document["read_gbs"] = round(machine.read_gbs, 1)
-    if options.what == "products":
-        preset = cases.PRESETS[options.preset or "quick"]
-        shapes = preset.shapes if options.shapes is None else [(m, n, k) for n, k in options.shapes for m in options.m]
-        total, measured = len(shapes), machine.rows(shapes, options.formats or preset.formats, until)
-    elif options.what == "quantize":
-        total, measured = len(cases.QUANTISED), machine.quantiser_rows(cases.QUANTISED, until)
-    else:
-        layers = [(layer, m) for layer in cases.LAYERS for m in cases.LAYER_ROWS]
-        total, measured = len(layers), machine.layer_rows(layers, options.formats or cases.LAYER_FORMATS, until)
+    total, measured = _to_measure(options, machine, until)
     done = 0
     for rows in measured:
         done += 1
@@ -244,6 +244,24 @@ def _bench_gpu(options: argparse.Namespace, document: records.Document) -> None:
     _show_progress("")
     if done < total:
         print(f"cugemm bench: {total - done} of {total} shapes left out, --seconds {options.seconds:.0f} is over", file=sys.stderr)
+
+
+def _to_measure(options: argparse.Namespace, machine: bench.Bench, until: float) -> tuple[int, Iterator[list[records.Row]]]:
+    """How many shapes, and their rows."""
+    if options.what == "quantize":
+        return len(cases.QUANTISED), machine.quantiser_rows(cases.QUANTISED, until)
+    if options.what == "moe":
+        layers = [(layer, m) for layer in cases.LAYERS for m in cases.LAYER_ROWS]
+        return len(layers), machine.layer_rows(layers, options.formats or cases.LAYER_FORMATS, until)
+    preset = cases.PRESETS[options.preset or "quick"]
+    formats, shapes, layer = options.formats or preset.formats, preset.shapes, preset.chain
+    if options.shapes is not None:
+        shapes, layer = tuple((m, n, k) for n, k in options.shapes for m in options.m), None
+    turns = options.chain or (layer and layer.turns)
+    if turns is None:
+        return len(shapes), machine.rows(shapes, formats, until)
+    chains = [(layer._replace(turns=turns) if layer else cases.Chain("", ((n, k),), turns), m) for m, n, k in shapes]
+    return len(chains), machine.chain_rows(chains, formats, until)
 
 
 def _keep(document: records.Document, path: Path | None) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from cugemm import cases, launch, measure
 from cugemm.api import fp8
 from cugemm.arrays import numpy_dtype
-from cugemm.cases import Case, Layer
+from cugemm.cases import Case, Chain, Layer
 from cugemm.errors import NoKernelError
 from cugemm.records import Row
 
@@ -39,8 +39,7 @@ class Bench:
         self._target, self._info = launch.machine(0)
         self._stream = measure.Stream(_ARENA)
         self.read_gbs = self._stream.read_gbs()
-        pool = np.random.default_rng(0).standard_normal(_POOL, np.float32)
-        self._pools = {name: measure.to_device(pool.astype(numpy_dtype(name))).view(np.uint16) for name in ("bfloat16", "float16")}
+        self._pools: dict[tuple[str, float], Any] = {}
 
     def rows(self, shapes: Iterable[tuple[int, int, int]], formats: Sequence[str], until: float) -> Iterator[list[Row]]:
         """Rows of each (m, n, k), until `time.monotonic()` passes `until`; shapes after that are left out."""
@@ -66,13 +65,54 @@ class Bench:
 
     def row(self, case: Case, m: int, n: int, k: int, times: Mapping[str, float], notes: Mapping[str, str]) -> Row:
         size = cases.traffic(case, m, n, k)
-        peak = measure.peak_tflops(self._target, self._info, cases.operand_bits(case))
-        floor = max(size / self.read_gbs / 1e3, cases.flops(m, n, k) / peak / 1e6)
         return _row(
-            _product(case, m, n, k), us=_rounded(times.get(case.format)), floor_us=_rounded(floor),
+            _product(case, m, n, k), us=_rounded(times.get(case.format)), floor_us=_rounded(self._floor(case, m, n, k)),
             stream_us=_rounded(times.get(f"stream {size}")),
             baselines={name: _rounded(times[name]) for name in case.baselines if name in times},
             note=_note("", (case.format, f"stream {size}", *case.baselines), notes),
+        )  # fmt: skip
+
+    def _floor(self, case: Case, m: int, n: int, k: int) -> float:
+        peak = measure.peak_tflops(self._target, self._info, cases.operand_bits(case))
+        return max(cases.traffic(case, m, n, k) / self.read_gbs / 1e3, cases.flops(m, n, k) / peak / 1e6)
+
+    def chain_rows(self, chains: Iterable[tuple[Chain, int]], formats: Sequence[str], until: float) -> Iterator[list[Row]]:
+        """Rows of each (chain, m), as `rows`, in microseconds of one turn: for each format one, and one with launches that overlap."""
+        chosen = [cases.case(name) for name in formats]
+        for chain, m in chains:
+            if time.monotonic() > until:
+                return
+            yield self._chained(chain, m, chosen)
+            _free()
+
+    def _chained(self, chain: Chain, m: int, chosen: Sequence[Case]) -> list[Row]:
+        made: dict[str, Callable[[], measure.Graph]] = {}
+        for case in chosen:
+            size = cases.chain_traffic(case, chain, m)
+            made[case.format] = functools.partial(self._chain, chain, case, m, False)
+            made[f"stream {size}"] = functools.partial(self._read, size, chain.turns)
+            made[f"{case.format}, pdl"] = functools.partial(self._chain, chain, case, m, True)
+        peers = dict.fromkeys(name for case in chosen for name in case.baselines)
+        if measure.optional("torch") is not None:
+            made |= {name: functools.partial(self._torch_chain, name, chain, m) for name in peers}
+        times, notes = _in_turns(made)
+        return [self.chain_row(chain, case, m, overlap, peers, times, notes) for case in chosen for overlap in (False, True)]
+
+    def chain_row(
+        self, chain: Chain, case: Case, m: int, overlap: bool, peers: Iterable[str], times: Mapping[str, float], notes: Mapping[str, str]
+    ) -> Row:
+        size = cases.chain_traffic(case, chain, m)
+        name, stream = f"{case.format}, pdl" if overlap else case.format, f"stream {size}"
+        peers = peers if chain.name else case.baselines
+        what = f"{chain.name}, {size / 1e6:.1f} MB a layer, chain of {chain.turns} layers" if chain.name else f"chain of {chain.turns}"
+        product = _named(
+            "decode" if chain.name else "chain", case.format, (m, *chain.whole), 1,
+            functools.partial(cases.record_chain, chain, case, m, overlap, 0),
+        )  # fmt: skip
+        return _row(
+            product, us=_rounded(times.get(name)), floor_us=_rounded(sum(self._floor(case, m, n, k) for n, k in chain.sizes)),
+            stream_us=_rounded(times.get(stream)), baselines={peer: _rounded(times[peer]) for peer in peers if peer in times},
+            note=_note(what + ", pdl, static weights" * overlap, (name, stream, *peers), notes),
         )  # fmt: skip
 
     def quantiser_rows(self, shapes: Iterable[tuple[int, int]], until: float) -> Iterator[list[Row]]:
@@ -171,8 +211,37 @@ class Bench:
         out = case.product(a, weights[0])
         return measure.graph(measure.CupyGraph, lambda i: case.product(a, weights[i % copies], out), copies)
 
-    def _read(self, size: int) -> measure.Graph:
-        return measure.graph(measure.CupyGraph, self._stream.call(size), self._stream.copies(size))
+    def _chain(self, chain: Chain, case: Case, m: int, overlap: bool) -> measure.Graph:
+        copies = self._chain_copies(chain, 1 if case.weights else 2)
+        each, size = len(chain.sizes), m * max(map(max, chain.sizes))
+        places = measure.chained([self._values((size,), case.dtype, seed) for seed in range(3)], m, chain.sizes * chain.turns)
+        if case.activations is not None:  # what it writes is not what it reads
+            fixed = {k: case.activation(self._values((m, k), case.dtype, 0)) for _, k in chain.sizes}
+            places = [(fixed[x.shape[1]], out) for x, out in places]
+        weights = [
+            case.weight(self._values((n, k), case.dtype, 3 + i * each + at, k**-0.5))
+            for i in range(copies) for at, (n, k) in enumerate(chain.sizes)
+        ]  # fmt: skip
+
+        def turn(i: int) -> None:
+            for at in range(i * each, (i + 1) * each):
+                x, out = places[at]
+                case.link(x, weights[at % len(weights)], out, overlap=overlap)
+
+        return measure.CupyGraph(turn, chain.turns)
+
+    def _chain_copies(self, chain: Chain, itemsize: int) -> int:
+        n, k = chain.whole
+        return chain.turns if chain.name else min(chain.turns, self._copies(n * k * itemsize))
+
+    def _torch_chain(self, name: str, chain: Chain, m: int) -> measure.Graph:
+        copies = self._chain_copies(chain, 1 if "fp8" in name else 2)
+        return measure.TorchGraph(measure.torch_chain(name, m, chain.sizes, chain.turns, copies), chain.turns)
+
+    def _read(self, size: int, calls: int = 0) -> measure.Graph:
+        """calls: of the graph, some 2 ms of them if 0."""
+        read = self._stream.call(size)
+        return measure.CupyGraph(read, calls) if calls else measure.graph(measure.CupyGraph, read, self._stream.copies(size))
 
     def _copy(self, size: int) -> measure.Graph:
         size = -(-size // 4096) * 4096  # an odd number of bytes would be copied from odd places, a quarter slower
@@ -182,11 +251,14 @@ class Bench:
         copies = self._copies(n * k * (1 if "fp8" in name else 2))
         return measure.graph(measure.TorchGraph, measure.torch_baseline(name, m, n, k, copies), copies)
 
-    def _values(self, shape: tuple[int, ...], dtype: str, seed: int) -> Any:
-        """Normal random values: one pool of them, begun at another place for each seed and repeated."""
+    def _values(self, shape: tuple[int, ...], dtype: str, seed: int, scale: float = 1.0) -> Any:
+        """Normal random values times `scale`: one pool of them, begun at another place for each seed and repeated."""
         import cupy  # noqa: PLC0415
 
-        pool, size = self._pools[dtype], math.prod(shape)
+        if (dtype, scale) not in self._pools:
+            values = np.random.default_rng(0).standard_normal(_POOL, np.float32) * np.float32(scale)
+            self._pools[dtype, scale] = measure.to_device(values.astype(numpy_dtype(dtype))).view(np.uint16)
+        pool, size = self._pools[dtype, scale], math.prod(shape)
         made = cupy.empty(size, np.uint16)
         for at, start, length in pieces(size, seed * 77_777 % _POOL, _POOL):
             made[at : at + length] = pool[start : start + length]

@@ -49,6 +49,10 @@ class Case(NamedTuple):
             return linear(a, b, out=out)
         return getattr(gemm, self.op)(a, b.T, out=out)
 
+    def link(self, a: Any, b: Any, out: Any = None, *, overlap: bool = False) -> Any:
+        """`product` as one of a chain; overlap: its launch may begin, and read weights, before the one in front of it has ended."""
+        return linear(a, b, out=out, pdl=overlap, static_weights=overlap)
+
     def layer(self, x: Any, b: Any, out: Any = None) -> Any:
         """x @ w.T of 16-bit x and what `weight` returned, x quantised on the way: what a model calls."""
         return linear(x, b, activations=self.activations, out=out)
@@ -83,9 +87,31 @@ SHAPES = (
 ROWS = (1, 8, 16, 64, 128, 1024, 4096)
 
 
+class Chain(NamedTuple):
+    """Products one after the other: `turns` times one with a weight of each (n, k) of `sizes`.
+
+    name: of the layer that these make, and then every turn has weights of its own; empty for one weight, which rotates over cold copies.
+    """
+
+    name: str
+    sizes: tuple[tuple[int, int], ...]
+    turns: int
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """(n, k) of one weight with as many values as all `sizes`, k as the first."""
+        k = self.sizes[0][1]
+        return sum(math.prod(size) for size in self.sizes) // k, k
+
+
+DECODE = Chain("Llama-3-8B", ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)), 8)
+"""Products of a decode step: q, k and v in one, output, gate and up in one, down; of 8 layers."""
+
+
 class Preset(NamedTuple):
     shapes: tuple[tuple[int, int, int], ...]  # (m, n, k)
     formats: tuple[str, ...]
+    chain: Chain | None = None  # what each shape is the whole of
 
 
 PRESETS = {
@@ -100,6 +126,7 @@ PRESETS = {
     "quick": Preset(
         ((4096, 4096, 4096), *((m, n, k) for n, k in ((7168, 2048), (28672, 4096)) for m in (1, 16, 128))), ("bf16", "fp8_row", "fp8_block")
     ),
+    "decode": Preset(tuple((m, *DECODE.whole) for m in (1, 8, 32)), ("bf16", "w8a16_fp8", "fp8_tensor", "w4a16_nvfp4"), DECODE),
 }
 
 
@@ -172,6 +199,11 @@ def traffic(case: Case, m: int, n: int, k: int) -> int:
     return stored(case.activations, m, k) + stored(case.weights, n, k) + 2 * m * n
 
 
+def chain_traffic(case: Case, chain: Chain, m: int) -> int:
+    """Bytes that one turn must move."""
+    return sum(traffic(case, m, n, k) for n, k in chain.sizes)
+
+
 def stored(name: str | None, rows: int, k: int) -> int:
     """Bytes of [rows, k] values in a format, scales and zero points included; 16-bit if `name` is None."""
     if name is None:
@@ -226,6 +258,15 @@ def record_quantiser(quantiser: Quantiser, m: int, k: int, device: int = HOST) -
     with launch.recording() as calls:
         quantiser(Spec((m, k), BF16.dtype, device=device))
     return calls
+
+
+def record_chain(chain: Chain, case: Case, m: int, overlap: bool, device: int = HOST) -> list[launch.Recorded]:
+    """The products of one turn."""
+    with launch.recording() as calls:
+        for n, k in chain.sizes:
+            a, b = case.activation(Spec((m, k), case.dtype, device=device)), case.weight(Spec((n, k), case.dtype, device=device))
+            case.link(a, b, overlap=overlap)
+    return [recorded for recorded in calls if isinstance(recorded.call, GemmCall)]
 
 
 def record_layer(layer: Layer, case: Case, m: int, device: int = HOST) -> list[launch.Recorded]:

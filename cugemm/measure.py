@@ -10,7 +10,7 @@ import importlib
 import statistics
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -137,6 +137,20 @@ def interleaved(graphs: Mapping[str, Graph], rounds: int = 7) -> dict[str, float
     return {name: statistics.median(times) for name, times in seen.items()}
 
 
+def chained(buffers: Sequence[Any], m: int, sizes: Sequence[tuple[int, int]]) -> list[tuple[Any, Any]]:
+    """(x [m, k], out [m, n]), dense, of products with weights of (n, k) in `sizes`: each reads what the one before it wrote.
+
+    buffers: three flat ones of m * max(n, k) values. The first is only read, by the first product: all replays begin with the same values.
+    Where n of one product is less than k of the next, that one also reads values which have been there longer.
+    """
+    start, *pair = buffers
+    found = []
+    for i, (n, k) in enumerate(sizes):
+        source, target = pair[i % 2] if i else start, pair[(i + 1) % 2]
+        found.append((source[: m * k].reshape(m, k), target[: m * n].reshape(m, n)))
+    return found
+
+
 def copies_for(weight_bytes: int, l2_bytes: int) -> int:
     """Buffers to rotate over so that each is cold when its turn comes: three times L2 in all, and never one alone."""
     return max(2, -(-3 * l2_bytes // max(weight_bytes, 1)))
@@ -233,15 +247,20 @@ def peak_tflops(target: arch.Arch, device: arch.Device, bits: int) -> float:
     return 0.75 * times * target.mma16_flops * device.sm_count * device.clock_khz * 1e3 / 1e12
 
 
-def torch_baseline(name: str, m: int, n: int, k: int, copies: int) -> Call:
-    """torch's product of random operands, weights rotating over `copies`. What torch refuses, it raises."""
+def torch_baseline(name: str, m: int, n: int, k: int, copies: int, places: Sequence[tuple[Any, Any]] = ()) -> Call:
+    """torch's product of random operands, weights rotating over `copies`. What torch refuses, it raises.
+
+    places: (x, out) of each call of a chain of 16-bit products; weights are then so small that values neither vanish nor overflow.
+    """
     torch = importlib.import_module("torch")
-    half = torch.float16 if name == "torch.fp16" else torch.bfloat16
+    half = _torch_half(torch, name)
     x = torch.randn(m, k, device="cuda", dtype=half)
     weights = [torch.randn(n, k, device="cuda", dtype=half) for _ in range(copies)]
     if name in ("torch.bf16", "torch.fp16"):
-        out = torch.empty(m, n, device="cuda", dtype=half)
-        return lambda i: torch.mm(x, weights[i % copies].t(), out=out)
+        if places:
+            weights = [w * k**-0.5 for w in weights]
+        places = places or [(x, torch.empty(m, n, device="cuda", dtype=half))]
+        return lambda i: torch.mm(places[i % len(places)][0], weights[i % copies].t(), out=places[i % len(places)][1])
     x8 = x.to(torch.float8_e4m3fn)
     weights8 = [w.to(torch.float8_e4m3fn).t() for w in weights]
 
@@ -257,3 +276,21 @@ def torch_baseline(name: str, m: int, n: int, k: int, copies: int) -> Call:
     }[name]
     options = {"scale_a": scale_a, "scale_b": scale_b, "out_dtype": torch.bfloat16, "use_fast_accum": fast}
     return lambda i: torch._scaled_mm(x8, weights8[i % copies], **options)
+
+
+def torch_chain(name: str, m: int, sizes: Sequence[tuple[int, int]], turns: int, copies: int) -> Call:
+    """Call i: torch's products with a weight of each (n, k) of `sizes`, one after the other; fp8 ones read the same x every time."""
+    torch = importlib.import_module("torch")
+    buffers = [torch.randn(m * max(map(max, sizes)), device="cuda", dtype=_torch_half(torch, name)) for _ in range(3)]
+    places = chained(buffers, m, [*sizes] * turns)
+    calls = [torch_baseline(name, m, n, k, copies, places[at :: len(sizes)]) for at, (n, k) in enumerate(sizes)]
+
+    def turn(i: int) -> None:
+        for call in calls:
+            call(i)
+
+    return turn
+
+
+def _torch_half(torch: Any, name: str) -> Any:
+    return torch.float16 if name == "torch.fp16" else torch.bfloat16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 import subprocess
@@ -115,7 +116,7 @@ def load(path: Path) -> Document:
 
 
 def table(documents: Iterable[Document]) -> str:
-    """Markdown of recorded documents: per document a line on the machine, a table for each format, for quantisers, mixtures, host times."""
+    """Markdown of recorded documents: per document a line on the machine, a table for each format and other operation, host times."""
     return "\n\n".join("\n\n".join(_tables(document)) for document in documents)
 
 
@@ -124,9 +125,10 @@ def _tables(document: Document) -> Iterator[str]:
     parts += [f"{name} {version}" for name, version in document["versions"].items()]
     yield f"{document['date']}, commit {document['commit'] or 'unknown'}: {', '.join(parts)}."
     gpu = [row for row in document["rows"] if "us" in row]
-    for name in dict.fromkeys(row["format"] for row in gpu if row["op"] not in _OTHERS):
-        yield _format_table(name, [row for row in gpu if row["format"] == name and row["op"] not in _OTHERS])
-    for op, table in _OTHERS.items():
+    products = [row for row in gpu if row["op"] not in OTHERS]
+    for name in dict.fromkeys(row["format"] for row in products):
+        yield f"### {name}\n\n{product_table([row for row in products if row['format'] == name])}"
+    for op, table in OTHERS.items():
         rows = [row for row in gpu if row["op"] == op]
         if rows:
             yield f"### {op}\n\n{table(rows)}"
@@ -135,19 +137,24 @@ def _tables(document: Document) -> Iterator[str]:
         yield _host_table(host)
 
 
-def _format_table(name: str, rows: Sequence[Row]) -> str:
+def product_table(rows: Sequence[Row], formats: bool = False) -> str:
+    """Products beside their peers; formats: with a column for it."""
     peers = list(dict.fromkeys(peer for row in rows for peer in row["baselines"]))
-    header = ("n x k", "m", "cugemm us", *(f"{peer} us" for peer in peers), "stream us", "floor us", "rate", "kernel", "note")
+    header = (
+        "n x k", "m", *["format"] * formats, "cugemm us", *(f"{peer} us" for peer in peers), "stream us", "floor us", "rate", "kernel",
+        "note",
+    )  # fmt: skip
     lines = [
         (
-            f"{row['n']} x {row['k']}", str(row["m"]), _shown(row["us"]), *(_against(row, peer) for peer in peers),
-            _shown(row["stream_us"]), _shown(row["floor_us"]), _rate(row), row["kernel"], row.get("note", ""),
+            f"{row['n']} x {row['k']}", str(row["m"]), *[row["format"]] * formats, _shown(row["us"]),
+            *(_against(row, peer) for peer in peers), _shown(row["stream_us"]), _shown(row["floor_us"]), _rate(row), row["kernel"],
+            row.get("note", ""),
         )
         for row in rows
     ]  # fmt: skip
     if not any(line[-1] for line in lines):
         header, lines = header[:-1], [line[:-1] for line in lines]
-    return f"### {name}\n\n{markdown(header, lines)}"
+    return markdown(header, lines)
 
 
 def quantiser_table(rows: Sequence[Row]) -> str:
@@ -180,8 +187,13 @@ def layer_table(rows: Sequence[Row]) -> str:
     return markdown(header, lines)
 
 
-_OTHERS: dict[str, Callable[[Sequence[Row]], str]] = {"quantize": quantiser_table, "moe": layer_table}
-"""Operations that are no products, and their tables."""
+OTHERS: dict[str, Callable[[Sequence[Row]], str]] = {
+    "chain": functools.partial(product_table, formats=True),
+    "decode": functools.partial(product_table, formats=True),
+    "quantize": quantiser_table,
+    "moe": layer_table,
+}
+"""Operations that are no single product, and their tables."""
 
 
 def _host_table(rows: Sequence[Row]) -> str:

@@ -20,7 +20,7 @@ from cugemm.records import Row
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = (*((m, n, k) for n, k in ((7168, 2048), (28672, 4096)) for m in (1, 8, 16, 128)), (4096, 4096, 4096), (8192, 8192, 8192))
 """(m, n, k) of the recorded products that the README shows; docs/benchmarks has all."""
-OTHER_ROWS = {"quantize": (4096,), "moe": (16, 1024)}
+OTHER_ROWS = {"chain": (1, 8, 16), "decode": (1, 8, 32), "quantize": (4096,), "moe": (16, 1024)}
 """m of the other operations' rows that it shows."""
 
 
@@ -74,17 +74,17 @@ def _elements(names: set[str]) -> str:
 
 
 def benchmarks() -> str:
-    """Rows of SHAPES from every recorded document, one table per document; behind it those of quantisers and of mixtures."""
+    """Rows of SHAPES from every recorded document, one table per document; behind it those of other operations."""
     documents = [records.load(path) for path in sorted((ROOT / "docs" / "benchmarks").glob("bench_*.json"))]
     parts = []
     for document in documents:
         rows = [row for row in document["rows"] if row.get("us")]
-        products = [row for row in rows if row["op"] not in ("quantize", "moe") and (row["m"], row["n"], row["k"]) in SHAPES]
+        products = [row for row in rows if row["op"] not in records.OTHERS and (row["m"], row["n"], row["k"]) in SHAPES]
         tables = []
         if products:
             header = ("format", "m", "n x k", "us", "stream us", "floor us", "peers, us")
             tables.append(records.markdown(header, _times(sorted(products, key=lambda row: (row["n"], row["k"], row["m"])))))
-        for op, table in (("quantize", records.quantiser_table), ("moe", records.layer_table)):
+        for op, table in records.OTHERS.items():
             own = [row for row in rows if row["op"] == op and row["m"] in OTHER_ROWS[op]]
             if own:
                 tables.append(table(own))

@@ -518,6 +518,20 @@ def test_a_mixture_is_a_sum_over_experts(name: str, rng: np.random.Generator) ->
     assert len(cases.record_layer(layer, case, m)) == 2
 
 
+@pytest.mark.parametrize("name", cases.PRESETS["decode"].formats)
+def test_a_chain_is_recorded_by_its_products(name: str) -> None:
+    case, chain = cases.case(name), cases.DECODE
+    n, k = chain.whole
+    assert n * k == 4096 * (6144 + 4096 + 28672 + 14336)
+    assert cases.PRESETS["decode"].shapes == tuple((m, n, k) for m in (1, 8, 32))
+    read = {"bf16": 2.0, "w4a16_nvfp4": 9 / 16}.get(name, 1.0) * n * k
+    assert cases.chain_traffic(case, chain, 1) == pytest.approx(read, rel=2e-3)
+    for overlap in (False, True):
+        found = cases.record_chain(chain, case, 8, overlap)
+        assert [(recorded.call.n, recorded.call.k) for recorded in found] == list(chain.sizes)
+        assert {recorded.call.problem.pdl for recorded in found} == {"static" if overlap else ""}
+
+
 # measure
 
 
@@ -552,6 +566,45 @@ def test_copies_are_cold() -> None:
     assert measure.copies_for(7168 * 2048, l2) * 7168 * 2048 >= 3 * l2
     assert measure.copies_for(28672 * 4096 * 2, l2) == 2
     assert measure.copies_for(0, l2) == 3 * l2
+
+
+def test_a_chain_reads_what_it_wrote() -> None:
+    sizes = [(6, 4), (4, 4), (9, 4), (4, 8)] * 2
+    buffers = [np.full(3 * 9, i) for i in range(3)]
+    places = measure.chained(buffers, 3, sizes)
+    assert [(x.shape, out.shape) for x, out in places] == [((3, k), (3, n)) for n, k in sizes]
+    assert all(x.flags.c_contiguous and out.flags.c_contiguous and not np.shares_memory(x, out) for x, out in places)
+    for (_, out), (x, _) in itertools.pairwise(places):
+        assert out.ctypes.data == x.ctypes.data
+    assert np.shares_memory(places[0][0], buffers[0])
+    assert not any(np.shares_memory(out, buffers[0]) for _, out in places), "replays begin with other values"
+
+
+class FakeTensor(np.ndarray):
+    def t(self) -> Any:
+        return self.T
+
+
+def test_torch_is_chained_the_same_way(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    log: list[tuple[Any, Any, Any]] = []
+
+    def mm(x: Any, w: Any, out: Any) -> None:
+        np.matmul(x, w, out=out)
+        log.append((x.copy(), w, out.copy()))
+
+    torch = SimpleNamespace(
+        float16="float16", bfloat16="bfloat16", mm=mm, randn=lambda *shape, **_: rng.standard_normal(shape).view(FakeTensor), empty=None
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    sizes = [(384, 256), (256, 384)]
+    call = measure.torch_chain("torch.bf16", 2, sizes, 3, 2)
+    for i in range(3):
+        call(i)
+    assert [w.shape for _, w, _ in log] == [(k, n) for n, k in sizes] * 3
+    for (_, _, out), (x, _, _) in itertools.pairwise(log):
+        assert np.array_equal(out.reshape(-1)[: x.size], x.reshape(-1))
+    assert [np.shares_memory(w, log[0][1]) for _, w, _ in log] == [True, False, False, False, True, False]
+    assert all(0.7 < out.std() < 1.4 for _, _, out in log)
 
 
 def test_host_time_is_a_median_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -778,6 +831,8 @@ def fake_bench(monkeypatch: pytest.MonkeyPatch) -> bench.Bench:
     monkeypatch.setattr(bench.Bench, "_ours", lambda *_: FakeGraph([100.0]))
     monkeypatch.setattr(bench.Bench, "_torch", lambda *_: FakeGraph([200.0]))
     monkeypatch.setattr(bench.Bench, "_read", lambda *_: FakeGraph([50.0]))
+    monkeypatch.setattr(bench.Bench, "_chain", lambda self, chain, case, m, overlap: FakeGraph([80.0 if overlap else 90.0]))
+    monkeypatch.setattr(bench.Bench, "_torch_chain", lambda *_: FakeGraph([190.0]))
     monkeypatch.setattr(bench, "_free", lambda: None)
     monkeypatch.setattr(measure, "optional", lambda name: sys)
     monkeypatch.setattr(cases, "chosen", lambda *_: ("portable", "tile"))
@@ -831,7 +886,111 @@ def test_an_error_while_measuring_leaves_notes_in_all_rows(fake_bench: bench.Ben
 def test_no_shape_is_begun_when_time_is_over(fake_bench: bench.Bench) -> None:
     assert list(fake_bench.rows([(1, 2112, 7168)], ["bf16"], until=-1.0)) == []
     assert list(fake_bench.quantiser_rows([(16, 4096)], until=-1.0)) == []
+    assert list(fake_bench.chain_rows([(cases.DECODE, 1)], ["bf16"], until=-1.0)) == []
     assert list(fake_bench.layer_rows([(cases.LAYERS[0], 1)], ["bf16"], until=-1.0)) == []
+
+
+def test_a_chain_is_a_row_without_and_one_with_overlap(fake_bench: bench.Bench, tmp_path: Path, capsys: Any) -> None:
+    (rows,) = fake_bench.chain_rows([(cases.Chain("", ((11008, 4096),), 64), 16)], ["bf16", "fp8_row"], until=float("inf"))
+    size = 2 * 16 * 4096 + 2 * 11008 * 4096 + 2 * 16 * 11008
+    assert rows[0] == {
+        "op": "chain", "format": "bf16", "m": 16, "n": 11008, "k": 4096, "groups": 1, "kernel": "portable: tile", "us": 90.0,
+        "floor_us": round(size / 3110e3, 2), "stream_us": 50.0, "baselines": {"torch.bf16": 190.0}, "note": "chain of 64",
+    }  # fmt: skip
+    assert rows[1] == {**rows[0], "us": 80.0, "note": "chain of 64, pdl, static weights"}
+    assert [row["format"] for row in rows] == ["bf16", "bf16", "fp8_row", "fp8_row"]
+    assert rows[3]["baselines"] == {"torch.fp8_row": 190.0, "torch.bf16": 190.0}
+    records.save(document(gpu_row(), *rows), tmp_path / "run.json")
+    text = run(capsys, "bench", "--table", str(tmp_path / "run.json"))
+    assert text.count("### ") == 2
+    assert f"| 11008 x 4096 | 16 | bf16 | 80.0 | 190.0 (2.38x) | - | 50.0 | {rows[1]['floor_us']:.1f} | {size / 80e3:.0f} GB/s |" in text
+
+
+def test_a_layer_of_a_decode_step_is_two_rows(fake_bench: bench.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, chain: Any, case: Any, m: int, overlap: bool) -> Any:
+        if overlap:
+            raise cugemm.CudaError("launch failed")
+        return FakeGraph([90.0])
+
+    monkeypatch.setattr(bench.Bench, "_chain", fail)
+    (rows,) = fake_bench.chain_rows([(cases.DECODE, 8)], ["w8a16_fp8", "fp8_tensor"], until=float("inf"))
+    assert records.validate(document(*rows)) == []
+    weights = 4096 * 53248
+    assert {**rows[0], "floor_us": 0.0} == {
+        "op": "decode", "format": "w8a16_fp8", "m": 8, "n": 53248, "k": 4096, "groups": 1, "kernel": "portable: tile", "us": 90.0,
+        "floor_us": 0.0, "stream_us": 50.0, "baselines": {"torch.bf16": 190.0, "torch.fp8_tensor": 190.0},
+        "note": "Llama-3-8B, 219.4 MB a layer, chain of 8 layers",
+    }  # fmt: skip
+    assert rows[0]["floor_us"] == pytest.approx(weights / 3110e3, rel=0.01)
+    assert rows[1]["us"] is None
+    assert rows[1]["note"] == (
+        "Llama-3-8B, 219.4 MB a layer, chain of 8 layers, pdl, static weights; w8a16_fp8, pdl: CudaError: launch failed"
+    )
+    assert rows[2]["baselines"] == rows[0]["baselines"]
+
+
+@pytest.fixture
+def host_bench(monkeypatch: pytest.MonkeyPatch) -> tuple[bench.Bench, list[list[Any]]]:
+    """A Bench whose graphs run their calls at once, on host arrays, and keep the arguments of each product with its result."""
+    made = bench.Bench.__new__(bench.Bench)
+    seen: list[list[Any]] = []
+
+    def values(self: Any, shape: tuple[int, ...], dtype: str, seed: int, scale: float = 1.0) -> Any:
+        return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(numpy_dtype(dtype))
+
+    def link(case: cases.Case, a: Any, b: Any, out: Any, *, overlap: bool) -> None:
+        seen.append([a.copy() if isinstance(a, np.ndarray) else a, b, out, cugemm.linear(a, b, out=out).copy(), overlap])
+
+    def at_once(call: Any, calls: int) -> Any:
+        for i in range(calls):
+            call(i)
+        return FakeGraph([1.0], calls)
+
+    monkeypatch.setattr(bench.Bench, "_values", values)
+    monkeypatch.setattr(cases.Case, "link", link)
+    monkeypatch.setattr(measure, "CupyGraph", at_once)
+    return made, seen
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp8_tensor", "w4a16_nvfp4"])
+def test_products_of_a_chain_depend_on_each_other(name: str, host_bench: Any) -> None:
+    made, seen = host_bench
+    case, sizes = cases.case(name), ((384, 256), (256, 256), (512, 256), (256, 512))
+    assert made._chain(cases.Chain("model", sizes, 3), case, 2, True).calls == 3
+    assert len({id(b) for _, b, *_ in seen}) == len(seen) == 12, "every layer has weights of its own"
+    assert [(y.shape[1], a.shape[1], overlap) for a, _, _, y, overlap in seen] == [(n, k, True) for n, k in sizes] * 3
+    assert all(0.5 < np.std(y.astype(np.float64)) < 2 for _, _, _, y, _ in seen), "values neither vanish nor overflow"
+    for (_, _, _, y, _), (a, *_) in itertools.pairwise(seen):
+        if case.activations is None:
+            assert y.reshape(-1)[: a.size].tobytes() == a.tobytes()
+        else:
+            assert any(a is first for first, *_ in seen[:4])
+
+
+def test_weights_of_a_chain_rotate(host_bench: Any) -> None:
+    made, seen = host_bench
+    for copies, wanted in ((3, [0, 1, 2, 0, 1]), (9, [0, 1, 2, 3, 4])):
+        seen.clear()
+        made._copies = lambda size, copies=copies: copies
+        made._chain(cases.Chain("", ((128, 256),), 5), cases.case("bf16"), 1, False)
+        order = list(dict.fromkeys(id(b) for _, b, *_ in seen))
+        assert [order.index(id(b)) for _, b, *_ in seen] == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--shapes", "128x64", "--m", "1,8"], [(1, 128, 64), (8, 128, 64)]),
+        (["--shapes", "128x64", "--m", "1,8", "--chain", "40"], [(cases.Chain("", ((128, 64),), 40), m) for m in (1, 8)]),
+        (["--preset", "decode"], [(cases.DECODE, m) for m in (1, 8, 32)]),
+        (["--preset", "decode", "--chain", "2"], [(cases.DECODE._replace(turns=2), m) for m in (1, 8, 32)]),
+        (["--preset", "decode", "--shapes", "128x64", "--m", "3"], [(3, 128, 64)]),
+    ],
+)
+def test_what_is_measured(arguments: list[str], wanted: list[Any]) -> None:
+    machine = SimpleNamespace(rows=lambda shapes, *_: shapes, chain_rows=lambda chains, *_: chains)
+    total, shapes = cli._to_measure(cli._parser().parse_args(["bench", *arguments]), machine, 0.0)
+    assert (total, list(shapes)) == (len(wanted), wanted)
 
 
 def test_quantisers_stand_beside_a_copy(fake_bench: bench.Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:

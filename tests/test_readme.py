@@ -14,6 +14,8 @@ from types import ModuleType
 import pytest
 from conftest import ROOT
 
+from cugemm import records
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL))
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "examples").glob("*_quickstart.py"))
@@ -58,6 +60,27 @@ def test_readme_example_runs(name: str) -> None:
 def test_generated_sections_are_current() -> None:
     tables = load(ROOT / "docs" / "tables.py")
     assert tables.filled(README) == README, "run python docs/tables.py"
+
+
+def test_chains_have_a_table_once_they_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = load(ROOT / "docs" / "tables.py")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.benchmarks() == "No recorded run yet."
+    row = {
+        "op": "chain", "format": "bf16", "m": 8, "n": 28672, "k": 4096, "groups": 1, "kernel": "portable", "us": 100.0, "floor_us": 75.0,
+        "stream_us": 80.0, "baselines": {"torch.bf16": 90.0}, "note": "chain of 64",
+    }  # fmt: skip
+    decode = {**row, "op": "decode", "m": 32, "n": 53248, "note": "a layer"}
+    document = {**records.new_document(), "gpu": "H100", "rows": [row, decode, {**row, "m": 4096}]}
+    (tmp_path / "docs" / "benchmarks").mkdir(parents=True)
+    records.save(document, tmp_path / "docs" / "benchmarks" / "bench_chain.json")
+    _, chains, layers = tables.benchmarks().split("\n\n")
+    header = "| n x k | m | format | cugemm us | torch.bf16 us | stream us | floor us | rate | kernel | note |"
+    assert chains.splitlines()[0] == layers.splitlines()[0] == header
+    assert chains.splitlines()[2:] == [
+        "| 28672 x 4096 | 8 | bf16 | 100.0 | 90.0 (0.90x) | 80.0 | 75.0 | 2354 GB/s | portable | chain of 64 |"
+    ]
+    assert layers.splitlines()[2].startswith("| 53248 x 4096 | 32 | bf16 | 100.0 |")
 
 
 def test_functions_of_the_support_table_exist() -> None:
