@@ -368,25 +368,29 @@ def test_compile_list_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "compile", "--list", "--arch", "sm_80,sm_90a", "--formats", "fp8_row", "--shapes", "11008x4096")
     assert [line for line in text.splitlines() if line.startswith("sm_")] == ["sm_80:", "sm_90a:"]
     lines = [line for line in text.splitlines() if line.startswith("fp8_row (e4m3 x e4m3)")]
-    assert len(lines) == 2 * len([c for c in cases.configs(["fp8_row"], [(11008, 4096)], SM90) if c.n])
-    assert all(re.search(r" 11008  4096  portable  tile ", line) for line in lines)
+    wanted = [c for name in ("sm_80", "sm_90a") for c in cases.configs(["fp8_row"], [(11008, 4096)], arch.get(name)) if c.n]
+    assert len(lines) == len(wanted)
+    assert all(re.search(r" 11008  4096  (portable  tile|skinny    \d+ tokens, )", line) for line in lines)
     assert len(re.findall(r"^quantize bfloat16 -> e4m3 +any +any +quantize +", text, re.MULTILINE)) == 2
 
 
-def test_jobs_hold_every_ranked_config_once() -> None:
+def test_jobs_hold_every_best_config_once() -> None:
     jobs = cases.jobs(["fp8_row", "fp8_tensor"], [(4096, 4096), (11008, 4096)], SM90)
     keys = [(job.stem, tuple(sorted(job.defines.items()))) for job in jobs]
     assert len(keys) == len(set(keys))
     tiles = {job.defines["BLOCK_M"] for job in jobs if job.stem == "portable"}
-    configs = {c.config for c in cases.configs(["fp8_row", "fp8_tensor"], [(4096, 4096)], SM90) if c.n}
-    assert len(tiles) == len(configs) == len([job for job in jobs if job.stem == "portable"])
+    listed = list(cases.configs(["fp8_row", "fp8_tensor"], [(4096, 4096), (11008, 4096)], SM90))
+    assert {c.kernel for c in listed if c.n} == {"portable", "skinny"}
+    assert len(tiles) == len({c.config for c in listed if c.kernel == "portable"}) == len([job for job in jobs if job.stem == "portable"])
+    tokens = {job.defines["TOKENS"] for job in jobs if job.stem == "skinny"}
+    assert tokens >= {1, 2, 4, 8, 16}
     assert {job.defines["MODE"] for job in jobs if job.stem == "quantize"} == {0, 1}
     assert {(job.defines["MODE"], job.defines["X_ELEMENT"]) for job in jobs if job.stem == "rows"} == {(0, 0), (0, 6), (1, 0)}
 
 
 def test_jobs_of_every_format_have_sources() -> None:
     jobs = cases.jobs(cases.CASES, [(4096, 4096)], SM90)
-    assert {job.stem for job in jobs} == {"portable", "quantize", "block_quantize", "rows", "segments"}
+    assert {job.stem for job in jobs} == {"portable", "skinny", "quantize", "block_quantize", "rows", "segments"}
     assert all((compile.kernel_dir() / f"{job.stem}.cu").exists() for job in jobs)
     pairs = {
         (job.defines["A_ELEMENT"], job.defines["A_SCALE"], job.defines["B_ELEMENT"], job.defines["B_SCALE"])

@@ -42,7 +42,7 @@ def question(name: str, m: int, n: int, k: int) -> Problem:
 def skinny_question(name: str, m: int, n: int, k: int, pdl: str = "") -> Problem:
     a, b, b_scale, block = SKINNY_FORMATS[name]
     rest = (False, block, "k", "k", True, "bfloat16", "fast", "auto", "sm_90a", 0, pdl)
-    return Problem(m, n, k, 1, False, a, b, "", b_scale, *rest)
+    return Problem(m, n, k, 1, False, a, b, "", b_scale, *rest, b_vector=True)
 
 
 def test_choice_is_near_the_best_recorded() -> None:

@@ -47,7 +47,23 @@ def question(
     (a, _, a_scale), (b, _, b_scale) = a.partition(" "), b.partition(" ")
     zero = b_scale == "zero"
     scales = a_scale, "" if zero else b_scale, zero, scale_block
-    return Problem(bucket(m), n, k, batch, grouped, a, b, *scales, *majors, vector, out, accumulate, backend, target)
+    return Problem(
+        bucket(m),
+        n,
+        k,
+        batch,
+        grouped,
+        a,
+        b,
+        *scales,
+        *majors,
+        vector,
+        out,
+        accumulate,
+        backend,
+        target,
+        b_vector=vector and majors[1] == "k",
+    )
 
 
 def grid(target: str) -> list[Problem]:
