@@ -7,6 +7,7 @@
 //   scales  bytes (e4m3 of 16 values, e8m0 of 32) go into the values as they are decoded, and zero points leave them; floats that vary
 //           along k multiply the sums of SCALE_BLOCK values; what does not vary along k waits for the epilogue
 //   warps   WARPS_M x WARPS_N cut the tile; WARPS_K cut each k-step, their sums meet in shared memory at the end, on the way out
+//   k       SPLIT CTAs of a cluster cut k where tiles are few (sm_90 and up); each stores some rows of the sums of all
 //   shared  STAGES x (planes of A [BLOCK_M x BLOCK_K], planes of B [BLOCK_N x BLOCK_K]), stored along the operand's contiguous axis,
 //           16-byte chunks swizzled so that ldmatrix and every store are free of bank conflicts
 //   loads   16-bit operands by cp.async, STAGES - 1 tiles ahead; others through registers (decode, st.shared), two tiles ahead, value by
@@ -220,36 +221,36 @@ __device__ __forceinline__ void multiply_blocks(Accumulator& sum, u32 stage, con
 // they fetch and put t + 1).
 
 __device__ __forceinline__ void main_loop(Accumulator& sum, const Args& args, const Work& work, const Operand& a, const Operand& b,
-                                          const Place& place, u32 stages) {
+                                          const Place& place, u32 stages, i32 rank) {
     LoaderA load_a(a);
     LoaderB load_b(b);
     const Scales scales(args, work, a, place);  // unused, and gone, unless SCALE_BLOCK
     constexpr u32 kStageBytes = sizeof(Smem::Stage), kOffsetB = kPlanesA * TileA::kBytes;
-    const i32 tiles = ceil_div(args.k, BLOCK_K);
+    const i32 tiles = ceil_div(args.k, BLOCK_K), each = ceil_div(tiles, SPLIT), begin = rank * each, end = smaller(begin + each, tiles);
     const auto fetch = [&](i32 tile, u32 stage, bool async) {
-        if (tile >= tiles) return;
+        if (tile >= end) return;
         if (async) load_a.fetch_partial(tile * BLOCK_K, stage);
         if (async) load_b.fetch_partial(tile * BLOCK_K, stage + kOffsetB);
         if (LoaderA::kAsync == async) load_a.fetch(tile * BLOCK_K, stage);
         if (LoaderB::kAsync == async) load_b.fetch(tile * BLOCK_K, stage + kOffsetB);
     };
     const auto put = [&](i32 tile, u32 stage) {
-        if (tile >= tiles) return;
+        if (tile >= end) return;
         load_a.put(stage);
         load_b.put(stage + kOffsetB);
     };
 
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) {
-        fetch(s, stages + s * kStageBytes, true);
+        fetch(begin + s, stages + s * kStageBytes, true);
         copy_async_commit();
     }
-    fetch(0, 0, false);
-    put(0, stages);
-    if (VECTOR) fetch(1, 0, false);
+    fetch(begin, 0, false);
+    put(begin, stages);
+    if (VECTOR) fetch(begin + 1, 0, false);
 
     int current = 0;
-    for (i32 t = 0; t < tiles; ++t) {
+    for (i32 t = begin; t < end; ++t) {
         copy_async_wait<STAGES - 2>();
         __syncthreads();  // tile t is complete, and everybody is done with the stage of tile t - 1
         const int next = current + 1 == STAGES ? 0 : current + 1, previous = current == 0 ? STAGES - 1 : current - 1;
@@ -262,7 +263,7 @@ __device__ __forceinline__ void main_loop(Accumulator& sum, const Args& args, co
             fetch(t + 2, 0, false);
             multiply_blocks<0, kSteps>(sum, stage, place, scales, k, args.k);
         } else {  // a step gathered value by value takes many registers: one operand at a time, each behind half of the MMAs
-            const bool more = t + 1 < tiles;
+            const bool more = t + 1 < end;
             if (more) load_a.fetch((t + 1) * BLOCK_K, 0);
             multiply_blocks<0, kSteps / 2>(sum, stage, place, scales, k, args.k);
             if (more) load_a.put(next_stage);
@@ -294,9 +295,9 @@ __device__ __forceinline__ void put_sums(const Accumulator& sum, const Place& pl
 }
 
 // sum * row[m] * column[n] * alpha + bias[n] (or bias[m, n]), in this order; partial sums over k add up in the order of k.
-__device__ __forceinline__ void store_result(const Args& args, const Work& work, const Operand& a, const float* sums) {
-    constexpr int kLanes = BLOCK_N / 4, kRowStep = kThreads / kLanes, kBatch = smaller(4, BLOCK_M / kRowStep);
-    static_assert(kThreads % kLanes == 0 && BLOCK_M % (kRowStep * kBatch) == 0, "threads share the result evenly");
+__device__ __forceinline__ void store_result(const Args& args, const Work& work, const Operand& a, u32 sums, i32 rank) {
+    constexpr int kLanes = BLOCK_N / 4, kRowStep = kThreads / kLanes, kRows = BLOCK_M / SPLIT, kBatch = smaller(4, kRows / kRowStep);
+    static_assert(kThreads % kLanes == 0 && kRows % (kRowStep * kBatch) == 0, "threads share the result evenly");
     const int tile_column = threadIdx.x % kLanes * 4;
     const i32 column = work.column_begin + tile_column, columns = smaller(4, args.n - column);
     if (columns <= 0) return;
@@ -316,7 +317,7 @@ __device__ __forceinline__ void store_result(const Args& args, const Work& work,
     }
     const i32 begin = first_scale_row(args.a_outers, work, work.row_begin, args.m);
 #pragma unroll 1
-    for (int first = threadIdx.x / kLanes; first < BLOCK_M; first += kRowStep * kBatch) {
+    for (int first = rank * kRows + threadIdx.x / kLanes; first < (rank + 1) * kRows; first += kRowStep * kBatch) {
         i32 row[kBatch];
         float row_scale[kBatch];
 #pragma unroll
@@ -334,10 +335,11 @@ __device__ __forceinline__ void store_result(const Args& args, const Work& work,
             if (row[r] < 0) continue;
             float x[4] = {};
 #pragma unroll
-            for (int part = 0; part < WARPS_K; ++part) {
-                const int at = part * BLOCK_M * BLOCK_N + sum_offset(first + r * kRowStep, tile_column);
-                const float4 v = *reinterpret_cast<const float4*>(sums + at);
-                x[0] += v.x, x[1] += v.y, x[2] += v.z, x[3] += v.w;
+            for (int part = 0; part < SPLIT * WARPS_K; ++part) {
+                const u32 at = sums + 4 * (part % WARPS_K * BLOCK_M * BLOCK_N + sum_offset(first + r * kRowStep, tile_column));
+                const Chunk c = SPLIT > 1 ? load_remote_16(at, part / WARPS_K) : load_shared_16(at);
+#pragma unroll
+                for (int v = 0; v < 4; ++v) x[v] += __uint_as_float(c.word[v]);
             }
 #pragma unroll
             for (int c = 0; c < 4; ++c) x[c] = x[c] * row_scale[r] * column_scale[c] * alpha + bias_value[c];
@@ -363,11 +365,17 @@ __device__ __forceinline__ BlockBytes block_bytes(u64 pointer, const ScaleArgs& 
 constexpr bool kSmall = VECTOR && kAccumulators <= 32 && !(SCALE_BLOCK > 0 && SCALE_BLOCK < kWarpK);
 constexpr int kMinCtas = kThreads > 128 ? 1 : kSmall ? 3 : 2;
 
-extern "C" __global__ void __launch_bounds__(kThreads, kMinCtas) portable(const __grid_constant__ Args args) {
+extern "C" __global__ void __launch_bounds__(kThreads, kMinCtas)
+#if SPLIT > 1
+    __cluster_dims__(SPLIT, 1, 1)
+#endif
+        portable(const __grid_constant__ Args args) {
     extern __shared__ u8 shared_bytes[];
-    const Work work = args.grouped == 0   ? dense_work<BLOCK_M, BLOCK_N>(args)
-                      : args.grouped == 1 ? grouped_work<BLOCK_M, BLOCK_N>(args)
-                                          : masked_work<BLOCK_M, BLOCK_N>(args);
+    const i32 rank = SPLIT > 1 ? cluster_rank() : 0;
+    const u32 number = blockIdx.x / SPLIT;
+    const Work work = args.grouped == 0   ? dense_work<BLOCK_M, BLOCK_N>(args, number)
+                      : args.grouped == 1 ? grouped_work<BLOCK_M, BLOCK_N>(args, number)
+                                          : masked_work<BLOCK_M, BLOCK_N>(args, number);
     if (!work.any) return;
 
     constexpr int kA = kValueBytes<A_ELEMENT>, kB = kValueBytes<B_ELEMENT>;
@@ -401,10 +409,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinCtas) portable(const 
 
     const Place place;
     Accumulator sum = {};
-    main_loop(sum, args, work, a, b, place, shared_address(shared_bytes));
-    float* sums = reinterpret_cast<float*>(shared_bytes);
+    main_loop(sum, args, work, a, b, place, shared_address(shared_bytes), rank);
     __syncthreads();  // every warp has read its last stage
-    put_sums(sum, place, sums);
+    put_sums(sum, place, reinterpret_cast<float*>(shared_bytes));
+#if SPLIT > 1
+    cluster_arrive();
+    cluster_wait();
+#else
     __syncthreads();
-    store_result(args, work, a, sums);
+#endif
+    store_result(args, work, a, shared_address(shared_bytes), rank);
+#if SPLIT > 1
+    cluster_arrive();  // the others still read
+    cluster_wait();
+#endif
 }

@@ -52,8 +52,9 @@ def test_choice_is_near_the_best_recorded() -> None:
     losses = []
     for (name, m, n, k), measured in times.items():
         choice = select.choose(question(name, m, n, k), arch.H100)
-        assert {tuple(r.config) for r in choice.ranking} == set(measured)
-        losses.append(measured[tuple(choice.best.config)] / min(measured.values()))
+        whole = [r.config[:-1] for r in choice.ranking if r.config.split == 1]  # the record is older than clusters
+        assert set(whole) == set(measured)
+        losses.append(measured[whole[0]] / min(measured.values()))
     assert len(losses) > 500
     assert sum(loss < 1.05 for loss in losses) > 0.95 * len(losses)
     assert max(losses) < 1.3
@@ -65,7 +66,7 @@ def test_prediction_is_within_a_third_of_the_record() -> None:
         if m != bucket(m):
             continue  # planned as the bucket, so predicted for more rows than were timed
         ranking = select.choose(question(name, m, n, k), arch.H100).ranking
-        predicted = next(r.us for r in ranking if tuple(r.config) == tuple(RECORD["configs"][config]))
+        predicted = next(r.us for r in ranking if r.config == (*RECORD["configs"][config], 1))
         wrong.append(max(predicted / us, us / predicted))
     assert sum(factor < 1.33 for factor in wrong) > 0.95 * len(wrong)
 

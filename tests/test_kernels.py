@@ -212,9 +212,9 @@ def jobs_of(target: str) -> list[Job]:
                 add(step)
     for call in layer_calls():
         question = call.problem._replace(arch=target)
-        for ranked in select.choose(question, DEVICES[target]).ranking:
-            for step in ranked.kernel.steps(call._replace(problem=question), ranked.config):
-                add(step)
+        best = select.choose(question, DEVICES[target]).best
+        for step in best.kernel.steps(call._replace(problem=question), best.config):
+            add(step)
     for call in example_calls():
         question = call.problem._replace(arch=target)
         best = select.choose(question, DEVICES[target]).best

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from cugemm import arch
 from cugemm.arch import Device
 from cugemm.catalog import gemm
-from cugemm.catalog.step import Step, Zero
+from cugemm.catalog.step import REACHED, Step, Zero
 from cugemm.formats import BF16, E8M0, ELEMENTS, FP16
 from cugemm.problem import GemmCall, Problem
 from cugemm.scales import ceil_div
@@ -17,7 +18,7 @@ _ZERO = 100
 
 
 class Config(NamedTuple):
-    """Tile of a CTA, how its warps cut it, and the depth of the pipeline."""
+    """Tile of a CTA, how its warps cut it, the depth of the pipeline, and the CTAs of a cluster, which cut k."""
 
     block_m: int
     block_n: int
@@ -26,6 +27,7 @@ class Config(NamedTuple):
     warps_n: int
     warps_k: int
     stages: int
+    split: int = 1
 
     @property
     def threads(self) -> int:
@@ -34,6 +36,7 @@ class Config(NamedTuple):
     def __str__(self) -> str:
         return (
             f"tile {self.block_m}x{self.block_n}x{self.block_k}, warps {self.warps_m}x{self.warps_n}x{self.warps_k}, {self.stages} stages"
+            + (f", clusters of {self.split}" if self.split > 1 else "")
         )
 
 
@@ -77,6 +80,10 @@ _MEDIUM_ANY = _Tile((64, 64, 64, 2, 4, 1), 1, {c: 14.0 * f for c, f in _ANY.item
 _SMALL_ANY = _Tile((16, 32, 128, 1, 1, 4), 2, {c: 8.0 * f for c, f in _ANY.items()}, {c: 4.0 * f for c, f in _ANY.items()})
 _CALIBRATED_KHZ = 1_980_000
 _LAUNCH_US = 2.5
+_SUMS_US = 0.35
+"""For 64 x 64 sums of each CTA of a cluster."""
+_BYTE_SCALES = 1.6
+"""How much longer than that of other values the decode of values with byte scales takes."""
 _READ = 0.87
 """Part of the bandwidth of a pure-read kernel that a product reaches."""
 
@@ -97,22 +104,28 @@ class Portable:
         tiles = _tiles(problem)
         if problem.batch_invariant:  # these add up along k in one order
             tiles = tuple(tile for tile in tiles if tile.shape[5] == 1)
-        return tuple(_config(problem, tile, limit) for tile in tiles)
+        configs = tuple(_config(problem, tile, limit) for tile in tiles)
+        return (*configs, *(split for config in configs for split in _splits(problem, config, device)))
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
         """The CTAs of the busiest SM one after the other, but never faster than the operands come from memory."""
         tile = next(t for t in _tiles(problem) if t.shape == config[:6])
         work = _work(problem)
         resident = max(1, min(tile.ctas_per_sm, device.smem_per_sm // (_smem(problem, config) + 1024)))
-        full, last = divmod(ceil_div(_grid(problem, problem.m, config), device.sm_count), resident)
+        ctas = _grid(problem, problem.m, config)
+        full, last = divmod(ceil_div(ctas, int(device.sm_count * REACHED[config.split])), resident)
 
         def together(ctas: int) -> float:
             return max(tile.alone[work], ctas * tile.among[work]) if ctas else 0.0
 
-        busy = (full * together(resident) + together(last)) * problem.k * _planes(problem) * 1e-3 * _CALIBRATED_KHZ / device.clock_khz
+        k = ceil_div(ceil_div(problem.k, config.block_k), config.split) * config.block_k if config.split > 1 else problem.k
+        work_ns = _BYTE_SCALES if problem.a_scale or problem.b_scale else 1.0
+        busy = work_ns * (full * together(resident) + together(last)) * k * _planes(problem) * 1e-3 * _CALIBRATED_KHZ / device.clock_khz
         rows, weights = (problem.m, problem.batch) if problem.grouped else (problem.m * problem.batch, problem.batch)
         values = rows * problem.k * ELEMENTS[problem.a].bits + weights * problem.n * problem.k * ELEMENTS[problem.b].bits
         memory = (values / 8 + rows * problem.n * 2) / (_READ * device.read_gbs * 1e3)
+        if config.split > 1:  # sums cross from CTA to CTA
+            busy += 1.0 + _SUMS_US * config.split * config.block_m * config.block_n / 4096
         return _LAUNCH_US + max(busy, memory)
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
@@ -168,10 +181,21 @@ def _smem(problem: Problem, config: Config) -> int:
     return ceil_div(rows * config.block_k * 2 * config.stages, 1024) * 1024
 
 
+def _splits(problem: Problem, config: Config, device: Device) -> Iterator[Config]:
+    """The ways to cut k, where there is less than a wave of tiles of 64 rows or more, and a few k-steps for each CTA."""
+    if config.warps_k > 1 or problem.batch_invariant or "cluster" not in arch.get(problem.arch or "sm_90a").features:
+        return
+    for split in (2, 4, 8):
+        few = _grid(problem, problem.m, config) * split <= 3 * device.sm_count
+        rows = config.threads // (config.block_n // 4)  # that the CTA stores at once
+        if few and problem.k >= 4 * split * config.block_k and config.block_m >= split * rows:
+            yield config._replace(split=split)
+
+
 def _grid(problem: Problem, m: int, config: Config) -> int:
     """CTAs: one per tile; grouped, as many row tiles as any segmentation can need."""
     row_tiles = m // config.block_m + min(problem.batch, m) if problem.grouped else ceil_div(m, config.block_m) * problem.batch
-    return row_tiles * ceil_div(problem.n, config.block_n)
+    return row_tiles * ceil_div(problem.n, config.block_n) * config.split
 
 
 def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
@@ -191,6 +215,7 @@ def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
         ("WARPS_N", config.warps_n),
         ("WARPS_K", config.warps_k),
         ("STAGES", config.stages),
+        ("SPLIT", config.split),
         ("SMEM_BYTES", _smem(problem, config)),
     )
 

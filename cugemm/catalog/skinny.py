@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cugemm import arch
 from cugemm.arch import Device
 from cugemm.catalog import gemm
-from cugemm.catalog.step import Step, Zero
+from cugemm.catalog.step import REACHED, Step, Zero
 from cugemm.formats import BF16, E2M1X2, E4M3, E5M2, E8M0, ELEMENTS, FP16, INT4X2, INT8
 from cugemm.problem import FLOATS8, FLOATS16, GemmCall, Problem
 from cugemm.scales import ceil_div
@@ -18,9 +18,6 @@ _MOST_ROWS = 64
 _FEW = 16
 _LEFT = (*FLOATS16, *FLOATS8)
 _RIGHT = (*FLOATS16, *FLOATS8, E2M1X2.name, INT8.name, INT4X2.name)
-
-_REACHED = {1: 1.0, 2: 1.0, 4: 0.87, 8: 0.84}
-"""Part of the SMs that clusters of so many CTAs reach: they do not fit every GPC (measured on an H100)."""
 
 
 class Config(NamedTuple):
@@ -129,7 +126,9 @@ class Skinny:
         whole = 1 << (problem.m - 1).bit_length()
         few = problem.m <= _FEW
         shapes = [s for s in (_SHAPES if few else _WIDE) if s[4] == 1 or "cluster" in target.features]
-        wanted = [Config(tokens, *s, pdl=problem.pdl) for tokens, s in itertools.product((whole,) if few else (_FEW, whole), shapes)]
+        wanted = [
+            Config(tokens, *s, pdl=problem.pdl) for tokens, s in itertools.product((whole,) if few else sorted({_FEW, 32, whole}), shapes)
+        ]
         for stages in (4, 3, 2):  # rings are shorter only where none fits as it should be
             configs = [c._replace(stages=min(c.stages, stages)) for c in wanted]
             fitting = [c for c in configs if _fits(problem, c, target)]
@@ -208,7 +207,7 @@ def _clusters(problem: Problem, config: Config, device: Device) -> int:
 
 def _resident(config: Config, device: Device) -> int:
     """Clusters that the GPU holds at once."""
-    return max(1, int(device.sm_count * config.ctas * _REACHED[config.split] // config.split))
+    return max(1, int(device.sm_count * config.ctas * REACHED[config.split] // config.split))
 
 
 def _steps(problem: Problem, config: Config) -> int:

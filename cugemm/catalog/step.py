@@ -10,6 +10,10 @@ NULL = -1
 """Pointer position that means a null pointer (pointer tables end with a 0)."""
 
 
+REACHED = {1: 1.0, 2: 1.0, 4: 0.87, 8: 0.84}
+"""Part of the SMs that clusters of so many CTAs reach: they do not fit every GPC (measured on an H100)."""
+
+
 class Zero(NamedTuple):
     """Fill `height` rows of `width` bytes, `pitch` bytes apart, with zeros, from `offset` bytes behind the pointer.
 

@@ -1,4 +1,4 @@
-// Which part of the problem a CTA computes: CTA number -> (batch or segment, row tile, column tile).
+// Which part of the problem a CTA, or a cluster, computes: its number -> (batch or segment, row tile, column tile).
 #pragma once
 #include "common/ptx.cuh"
 
@@ -82,18 +82,18 @@ __device__ __forceinline__ bool find_segment(const i32* indptr, i32 segments, i3
 }
 
 template <int kBlockM, int kBlockN, class Args>
-__device__ __forceinline__ Work dense_work(const Args& args) {
+__device__ __forceinline__ Work dense_work(const Args& args, u32 number) {
     const u32 row_tiles = ceil_div(args.m, kBlockM), column_tiles = ceil_div(args.n, kBlockN), per_batch = row_tiles * column_tiles;
     u32 row_tile, column_tile;
-    const i32 batch = blockIdx.x / per_batch;
-    raster(blockIdx.x % per_batch, row_tiles, column_tiles, row_tile, column_tile);
+    const i32 batch = number / per_batch;
+    raster(number % per_batch, row_tiles, column_tiles, row_tile, column_tile);
     return {static_cast<i32>(row_tile) * kBlockM, args.m, static_cast<i32>(column_tile) * kBlockN, batch, batch, 0, 0, true};
 }
 
 // Batches of which only the first indptr[batch] rows count.
 template <int kBlockM, int kBlockN, class Args>
-__device__ __forceinline__ Work masked_work(const Args& args) {
-    Work work = dense_work<kBlockM, kBlockN>(args);
+__device__ __forceinline__ Work masked_work(const Args& args, u32 number) {
+    Work work = dense_work<kBlockM, kBlockN>(args, number);
     work.row_end = larger(0, smaller(args.m, reinterpret_cast<const i32*>(args.indptr)[work.batch]));
     work.any = work.row_begin < work.row_end;
     return work;
@@ -101,11 +101,11 @@ __device__ __forceinline__ Work masked_work(const Args& args) {
 
 // The host launches m / kBlockM + min(segments, m) row tiles, the most that any segmentation needs; CTAs past the last tile find nothing.
 template <int kBlockM, int kBlockN, class Args>
-__device__ __forceinline__ Work grouped_work(const Args& args) {
+__device__ __forceinline__ Work grouped_work(const Args& args, u32 number) {
     const i32* indptr = reinterpret_cast<const i32*>(args.indptr);
     const u32 row_tiles = args.m / kBlockM + smaller(args.batch, args.m), column_tiles = ceil_div(args.n, kBlockN);
     u32 row_tile, column_tile;
-    raster(blockIdx.x, row_tiles, column_tiles, row_tile, column_tile);
+    raster(number, row_tiles, column_tiles, row_tile, column_tile);
     i32 tile = row_tile, segment = 0;
     if (!find_segment<kBlockM>(indptr, args.batch, args.m, tile, segment)) return {};
     const i32 expert = args.expert_map ? reinterpret_cast<const i32*>(args.expert_map)[segment] : segment;

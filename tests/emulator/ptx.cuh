@@ -192,5 +192,11 @@ inline void store_remote_16(u32 shared, u32 rank, const float (&x)[4]) {
     emulator::at(shared, 16);
     memcpy(emulator::shared[rank] + shared, x, 16);
 }
+inline Chunk load_remote_16(u32 shared, u32 rank) {
+    emulator::at(shared, 16);
+    Chunk c;
+    memcpy(&c, emulator::shared[rank] + shared, 16);
+    return c;
+}
 inline void cluster_arrive() { emulator::arrive(); }
 inline void cluster_wait() { emulator::wait_for_cluster(); }
