@@ -224,7 +224,7 @@ struct Fetch {
         if constexpr (kScaleWords != 0) {
 #pragma unroll
             for (int i = 0; i < ROW_BLOCKS * 2; ++i)
-                if (at.t < kScaleWords) copy_async_4(scale_place(i), scale[i], 4);
+                if (at.t < kScaleWords) copy_async<4>(scale_place(i), scale[i]);
         }
     }
     // The last step of a row, nothing, or scales at odd addresses: what does not exist becomes zeros.
@@ -260,73 +260,60 @@ __device__ __forceinline__ i32 source_row(const Args& args, i32 row) {
     return source >= 0 && source < args.a_rows ? source : -1;
 }
 
-// All of A that this CTA multiplies, in the order of the units; the rest is zeros. Rows that can be read in pieces of 8 values are: a
-// thread has several such loads under way together, `load` begins them, `store` ends them. Others go value by value in `store_others`.
+// All of A that this CTA multiplies, in the order of the units, 16 bytes for 8 values; the rest is zeros. A thread has pieces of one row.
 struct Activations {
-    static constexpr int kBytes = A_ELEMENT == kBf16 || A_ELEMENT == kFp16 ? 2 : 1, kBatch = smaller(4, TOKENS + 1);
-    const Args& args;
-    const Place& at;
-    const u8* a;
-    u32 shared;
-    i32 all;
-    bool pieces;
-    Chunk x[kBatch];
+    static constexpr int kBytes = A_ELEMENT == kBf16 || A_ELEMENT == kFp16 ? 2 : 1;
+    static constexpr int kApart = kThreads / (4 * kTokens * kTokenBlocks);  // units from one piece of a thread to its next
+    static_assert(kThreads % (4 * kTokens * kTokenBlocks) == 0, "threads take whole units");
+    u32 first, end;
 
-    __device__ __forceinline__ Activations(const Args& args, const Place& at, u32 shared)
-        : args(args),
-          at(at),
-          a(reinterpret_cast<const u8*>(args.a) + at.batch * args.a_batch * kBytes),
-          shared(shared),
-          all(at.steps * (kStepBytes / 16)),
-          pieces(args.a_k == 1 && args.k % 8 == 0 && (reinterpret_cast<u64>(a) | args.a_row * kBytes) % 16 == 0) {}
-    // Piece i: its first k, and where it begins; null if it is not there.
-    __device__ __forceinline__ const u8* piece(i32 i, i32& k) const {
-        const int t = i % 4, token = i / 4 % kTokens + i / (4 * kTokens) % kTokenBlocks * 8, unit = i / (4 * kTokens * kTokenBlocks);
-        k = (((at.first_step + unit / (2 * kUnits)) * 2 + unit / kUnits % 2) * 4 + t) * kValues + unit % kUnits * 8;
-        if (i >= all || token >= at.tokens || k >= args.k) return nullptr;
-        const i32 row = source_row(args, at.first_token + token);
-        return row < 0 ? nullptr : a + (row * args.a_row + k * args.a_k) * kBytes;
-    }
-    __device__ __forceinline__ void load(i32 first) {
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-            i32 k;
-            const u8* p = pieces ? piece(first + b * kThreads, k) : nullptr;
-            x[b] = {};
-            if (p && kBytes == 2) x[b] = load_global_16(p);
-            if (p && kBytes == 1) x[b].word[0] = load_global_u32(p), x[b].word[1] = load_global_u32(p + 4);
-        }
-    }
-    __device__ __forceinline__ void store(i32 first) const {
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b)
-            if (first + b * kThreads < all) store_one(first + b * kThreads, x[b]);
-    }
-    __device__ __forceinline__ void store_one(i32 i, Chunk c) const {
-        if constexpr (kBytes == 1) {
-            const u32 low = c.word[0], high = c.word[1];
-            decode_bytes<A_ELEMENT, kComputeBf16>(low, c.word[0], c.word[1]);
-            decode_bytes<A_ELEMENT, kComputeBf16>(high, c.word[2], c.word[3]);
-        }
-        c = pair_up(c);
-        store_shared_16(shared + i * 16, c.word[0], c.word[1], c.word[2], c.word[3]);
-    }
-    __device__ __forceinline__ void store_others() const {
-        constexpr int kBits = 8 * kBytes;
+    __device__ __forceinline__ Activations(const Place& at, u32 shared)
+        : first(shared + threadIdx.x * 16), end(shared + at.steps * kStepBytes) {}
+
+    // Asynchronously, as they are stored, where they can be read in pieces of 8 values.
+    __device__ __forceinline__ void fetch(const Args& args, const Place& at) const {
+        const int t = threadIdx.x % 4, token = threadIdx.x / 4 % kTokens + threadIdx.x / (4 * kTokens) % kTokenBlocks * 8;
+        const i32 row = token < at.tokens ? source_row(args, at.first_token + token) : -1;
+        const u8* a = reinterpret_cast<const u8*>(args.a) + (at.batch * args.a_batch + row * args.a_row) * kBytes;
+        const bool pieces = args.a_k == 1 && args.k % 8 == 0 && reinterpret_cast<u64>(a) % 16 == 0;
+        int unit = threadIdx.x / (4 * kTokens * kTokenBlocks);
 #pragma unroll 1
-        for (i32 i = threadIdx.x; i < all; i += kThreads) {
-            i32 k;
-            const u8* p = piece(i, k);
-            Chunk c = {};
-            u32(&w)[4] = c.word;
+        for (u32 to = first; to < end; to += kThreads * 16, unit += kApart) {
+            const i32 k = ((at.first_step * 2 + unit / kUnits) * 4 + t) * kValues + unit % kUnits * 8;
+            const i32 count = row < 0 ? 0 : smaller(args.k - k, 8);
+            if (count > 0 && pieces)
+                copy_async<8 * kBytes>(to, a + k * kBytes);
+            else
+                store_values(to, a, k, count, args.a_k);
+        }
+        copy_async_commit();
+    }
+    static __device__ __forceinline__ void store_values(u32 to, const u8* a, i32 k, i32 count, i64 apart) {
+        u32 w[4] = {};
 #pragma unroll 1
-            for (int v = p ? smaller(args.k - k, 8) - 1 : -1; v >= 0; --v) {  // the last first
-                const u8* value = p + v * args.a_k * kBytes;
-                const u32 code = kBytes == 2 ? load_global_u16(value) : load_global_u8(value);
-                w[3] = w[3] << kBits | w[2] >> (32 - kBits), w[2] = w[2] << kBits | w[1] >> (32 - kBits);
-                w[1] = w[1] << kBits | w[0] >> (32 - kBits), w[0] = w[0] << kBits | code;
+        for (i32 v = count - 1; v >= 0; --v) {  // the last first
+            constexpr int kBits = 8 * kBytes;
+            const u8* p = a + (k + v) * apart * kBytes;
+            const u32 code = kBytes == 2 ? load_global_u16(p) : load_global_u8(p);
+            w[3] = w[3] << kBits | w[2] >> (32 - kBits), w[2] = w[2] << kBits | w[1] >> (32 - kBits);
+            w[1] = w[1] << kBits | w[0] >> (32 - kBits), w[0] = w[0] << kBits | code;
+        }
+        store_shared_16(to, w[0], w[1], w[2], w[3]);
+    }
+
+    // What the thread has fetched, which is here now, becomes 16-bit and pairs up.
+    __device__ __forceinline__ void finish() const {
+        if constexpr (kBytes == 2 && kInOrder) return;
+#pragma unroll 1
+        for (u32 at = first; at < end; at += kThreads * 16) {
+            Chunk c = load_shared_16(at);
+            if constexpr (kBytes == 1) {
+                const u32 low = c.word[0], high = c.word[1];
+                decode_bytes<A_ELEMENT, kComputeBf16>(low, c.word[0], c.word[1]);
+                decode_bytes<A_ELEMENT, kComputeBf16>(high, c.word[2], c.word[3]);
             }
-            store_one(i, c);
+            c = pair_up(c);
+            store_shared_16(at, c.word[0], c.word[1], c.word[2], c.word[3]);
         }
     }
 };
@@ -571,32 +558,28 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
 #if SPLIT > 1
     cluster_arrive();  // nobody writes to a CTA that has not begun
 #endif
-    Activations x(args, at, activations);
-    const int early = args.early == 0   ? 1
-                      : args.early == 1 ? 0
-                                        : STAGES - 1;  // NOTE: A is asked for ahead of most weights, where it can be
+    const Activations x(at, activations);
+    const int early = args.early == 0 ? 1 : args.early == 1 ? 0 : STAGES - 1;  // A comes behind few weights, where it need not wait
 #pragma unroll 1
-    for (int i = 0;; ++i) {
-        if (i == early) {
-#if __CUDA_ARCH__ >= 900
-            if (args.early == 1) fetch.prefetch();
-            wait_for_predecessor();
-#endif
-            const i32 rows = args.grouped == 2 ? smaller(args.m, reinterpret_cast<const i32*>(args.indptr)[at.batch]) : args.m;
-            at.tokens = larger(0, smaller(TOKENS, rows - at.first_token));
-            if (at.tokens == 0) at.tiles = 0;
-            x.load(threadIdx.x);
+    for (int i = 0; i < STAGES; ++i) {
+        if (i != early) {
+            fetch.next();
+            continue;
         }
-        if (i == STAGES - 1) break;
-        fetch.next();
+#if __CUDA_ARCH__ >= 900
+        if (args.early == 1) fetch.prefetch();
+        wait_for_predecessor();
+#endif
+        const i32 rows = args.grouped == 2 ? smaller(args.m, reinterpret_cast<const i32*>(args.indptr)[at.batch]) : args.m;
+        at.tokens = larger(0, smaller(TOKENS, rows - at.first_token));
+        if (at.tokens == 0) at.tiles = 0;
+        x.fetch(args, at);
     }
-    if (x.pieces) {
-        x.store(threadIdx.x);
-#pragma unroll 1
-        for (i32 first = threadIdx.x + x.kBatch * kThreads; first < x.all; first += x.kBatch * kThreads) x.load(first), x.store(first);
-    } else {
-        x.store_others();
-    }
+    if (args.early == 2)
+        copy_async_wait<0>();
+    else
+        copy_async_wait<STAGES - 2>();
+    x.finish();
     __syncthreads();
 
     u32 stage = fetch.ring;

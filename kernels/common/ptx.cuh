@@ -214,8 +214,9 @@ __device__ __forceinline__ void copy_async_16_streaming(u32 shared, const void* 
                  : "memory");
 }
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-__device__ __forceinline__ void copy_async_4(u32 shared, const void* global, u32 valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");
+template <int kBytes>  // 4, 8 or 16
+__device__ __forceinline__ void copy_async(u32 shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(kBytes) : "memory");
 }
 __device__ __forceinline__ Chunk load_shared_16(u32 p) {
     Chunk c;

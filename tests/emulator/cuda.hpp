@@ -47,7 +47,7 @@ struct Copy {
     unsigned to, size, valid;
     const void* from;
 };
-constexpr unsigned kMostThreads = 4096, kMostCopies = 48, kMostGroups = 8, kMostCtas = 8;  // of a cluster
+constexpr unsigned kMostThreads = 4096, kMostCopies = 256, kMostGroups = 8, kMostCtas = 8;  // of a cluster
 struct Fiber {
     ucontext_t context;
     bool done;

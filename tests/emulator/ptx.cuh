@@ -173,7 +173,10 @@ inline u64 evict_first() { return 0; }
 inline void copy_async_16_streaming(u32 shared, const void* global, u32 valid, u64) { emulator::copy_async(shared, global, 16, valid); }
 inline void prefetch_l2(const void*) {}
 inline void barrier_sync(int number, int threads) { emulator::wait(emulator::named[emulator::self->cta][number], threads); }
-inline void copy_async_4(u32 shared, const void* global, u32 valid) { emulator::copy_async(shared, global, 4, valid); }
+template <int kBytes>
+void copy_async(u32 to, const void* from) {
+    emulator::copy_async(to, from, kBytes, kBytes);
+}
 inline Chunk load_shared_16(u32 p) {
     Chunk c;
     memcpy(&c, emulator::at(p, 16), 16);
