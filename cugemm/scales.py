@@ -129,7 +129,7 @@ def read_bytes(view: View, covered: Covered, element: str, layout: str, rows: st
     each = high * wide
     step = tiled_step(view, covered.rows, blocks, covered.batch, layout, flat)
     if step is not None:
-        return Scale((count if step else 1, length, blocks), (0 if flat else step, 0, 0), block, view.dtype, element, layout, rows)
+        return Scale((count if step else 1, length, blocks), (0 if count == 1 else step, 0, 0), block, view.dtype, element, layout, rows)
     several = f" for each of {count} matrices" if count > 1 else " over the rows of all matrices" if flat and covered.batch > 1 else ""
     raise refuse(
         f"{covered.role} has shape {view.shape} and strides {view.strides}, but {covered.of} is {covered.shape}; scales in {layout} tiles "

@@ -158,6 +158,11 @@ struct Fetch {
         point();
     }
 
+    // From four block scales along k to the next four.
+    __device__ __forceinline__ i64 word_bytes() const {
+        return args.b_scales.tile_rows == 1 ? 4 * args.b_scales.block : args.b_scales.block;
+    }
+
     // From one step of a row to the next: in weights laid out in panels, a step of 128 8-bit values is one of them.
     __device__ __forceinline__ i64 step_bytes() const { return kBytes == 1 && !kPacked<B_ELEMENT> ? 128 + args.b_panel : 128; }
 
@@ -173,8 +178,7 @@ struct Fetch {
                 const i32 word = step * kScaleWords + at.t, r = column + (s.place == 1 ? at.batch * args.n : 0);
                 const i32 row_tile = s.tile_rows == 1 ? r : s.tile_rows == 128 ? r / 128 : r / 8;
                 const i32 inside = s.tile_rows == 1 ? 0 : s.tile_rows == 128 ? r % 32 * 16 + r % 128 / 32 * 4 : r % 8 * 4;
-                scale[i] = scales + static_cast<i64>(row_tile) * static_cast<i32>(s.row) +
-                           static_cast<i64>(word) * (s.tile_rows == 1 ? 4 : static_cast<i32>(s.block)) + inside;
+                scale[i] = scales + row_tile * s.row + word * word_bytes() + inside;
             }
         }
     }
@@ -192,15 +196,14 @@ struct Fetch {
         if (tile < at.tiles) {
             const i32 step = round * WARPS_K + at.warp_k;  // of this CTA
             const i32 left = step < at.steps ? row_bytes - (at.first_step + step) * 128 : 0;
-            if (__builtin_expect(left >= 128 && scales_aligned(), 1))
+            if (__builtin_expect(left >= 128 && scales_in_words(), 1))
                 copy_whole();
             else
                 copy_end(left);
             from += WARPS_K * step_bytes();
             if constexpr (kScaleWords != 0) {
 #pragma unroll
-                for (int i = 0; i < ROW_BLOCKS * 2; ++i)
-                    scale[i] += WARPS_K * kScaleWords * (args.b_scales.tile_rows == 1 ? 4 : args.b_scales.block);
+                for (int i = 0; i < ROW_BLOCKS * 2; ++i) scale[i] += WARPS_K * kScaleWords * word_bytes();
             }
             if (++round == at.rounds) {
                 round = 0, tile += at.stride;
@@ -214,8 +217,10 @@ struct Fetch {
         return to + j * 512 + at.lane / 8 * 128 + (at.lane % 8 ^ at.lane / 8 % 2 * 4) * 16;
     }
     __device__ __forceinline__ u32 scale_place(int i) const { return to + 128 * kRows + ((i * 8 + at.g) * kScaleWords + at.t) * 4; }
-    __device__ __forceinline__ bool scales_aligned() const {
-        return kScaleWords == 0 || args.b_scales.tile_rows != 1 || (reinterpret_cast<u64>(scales) | args.b_scales.row) % 4 == 0;
+    __device__ __forceinline__ bool scales_in_words() const {
+        const ScaleArgs& s = args.b_scales;
+        const bool linear = s.tile_rows == 1;
+        return kScaleWords == 0 || ((reinterpret_cast<u64>(scales) | (linear ? s.row : 0)) % 4 == 0 && (!linear || s.block == 1));
     }
     __device__ __forceinline__ void copy_whole() {
         const u8* p = from;
@@ -227,7 +232,7 @@ struct Fetch {
                 if (at.t < kScaleWords) copy_async<4>(scale_place(i), scale[i]);
         }
     }
-    // The last step of a row, nothing, or scales at odd addresses: what does not exist becomes zeros.
+    // The last step of a row, nothing, or scales that are not whole words: what does not exist becomes zeros.
     __device__ __forceinline__ void copy_end(i32 left) {
         const i32 valid = smaller(16, left - at.lane % 8 * 16);
         const u8* p = from;
@@ -239,12 +244,13 @@ struct Fetch {
         if constexpr (kScaleWords != 0) {
             constexpr int kBlockBytes = B_SCALE == kE4m3 ? 8 : 32 * 16 / kValues;  // of a weight row under one block byte
             const i32 bytes = smaller(4, (left + kBlockBytes - 1) / kBlockBytes - at.t * 4);
+            const i64 apart = args.b_scales.tile_rows == 1 ? args.b_scales.block : 1;
 #pragma unroll
             for (int i = 0; i < ROW_BLOCKS * 2; ++i) {
                 if (at.t >= kScaleWords) continue;
                 u32 word = 0;
 #pragma unroll 1
-                for (int b = 0; b < bytes; ++b) word |= load_global_u8(scale[i] + b) << (8 * b);
+                for (int b = 0; b < bytes; ++b) word |= load_global_u8(scale[i] + b * apart) << (8 * b);
                 store_shared_u32(scale_place(i), word);
             }
         }
@@ -392,7 +398,9 @@ struct BlockScales {
             const i32 block = smaller(step * kParts + part, (args.k - 1) / (SCALE_BLOCK ? SCALE_BLOCK : 1));
 #pragma unroll
             for (int i = 0; i < ROW_BLOCKS * 2; ++i)
-                b[part][i] = args.b_scale ? load_float(args.b_scale, b_row[i] + block * args.b_scales.block, args.b_scales.type) : 1.f;
+                b[part][i] = B_SCALE == 0 && args.b_scale
+                                 ? load_float(args.b_scale, b_row[i] + block * args.b_scales.block, args.b_scales.type)
+                                 : 1.f;
 #pragma unroll
             for (int j = 0; j < kTokenBlocks * 2; ++j)
                 a[part][j] = args.a_scale ? load_float(args.a_scale, a_row[j] + block * args.a_scales.block, args.a_scales.type) : 1.f;
@@ -440,6 +448,7 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
             for (int c = 0; c < 2; ++c) {
                 multiply_units<0>(part, raw[c], scale[c], a + c * kUnits * kUnitBytes, there);
                 if (c == 0 && kParts == 1) continue;
+                if (c == 1 && kParts == 2 && ((at.first_step + step) * 2 + 1) * SCALE_BLOCK >= fetch.args.k) break;  // no block, no scale
 #pragma unroll
                 for (int i = 0; i < ROW_BLOCKS; ++i)
 #pragma unroll
@@ -455,10 +464,13 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
     }
     if constexpr (kLookForNan) {
 #pragma unroll
-        for (int i = 0; i < ROW_BLOCKS * 2; ++i)
+        for (int i = 0; i < ROW_BLOCKS * 2; ++i) {
+            nan[i] |= __shfl_xor_sync(~0u, nan[i], 1);  // of the row's four lanes
+            nan[i] |= __shfl_xor_sync(~0u, nan[i], 2);
 #pragma unroll
             for (int j = 0; j < kTokenBlocks; ++j)
                 if (nan[i]) sum[i / 2][j][i % 2 * 2] = sum[i / 2][j][i % 2 * 2 + 1] = __uint_as_float(0x7FC00000u);
+        }
     }
 }
 

@@ -55,15 +55,15 @@ def _tail(call: GemmCall, pdl: str, clusters: int) -> bytes:
     return _TAIL.pack(
         call.m, call.n, call.k, call.batch, call.experts, call.a_rows, call.a_repeat,
         a_row, a_k, a_batch, b_column, b_k, b_batch, panel, out_row, out_column, out_batch,
-        *_scale(call.a_scale if a_inner else None), *_scale(call.b_scale if b_inner else None),
+        *_scale(call.a_scale if a_inner else None, call.m), *_scale(call.b_scale if b_inner else None, call.n),
         *_scale(call.a_tensor if a_inner else call.a_scale), *_scale(call.b_tensor if b_inner else call.b_scale), *_scale(call.zero),
         *call.bias_strides, code(call.alpha_dtype), code(call.bias_dtype), code(call.problem.out), _GROUPED.get(call.segments, 1),
         _EARLY[pdl], clusters,
     )  # fmt: skip
 
 
-def _scale(scale: Scale | None) -> tuple[int, ...]:
-    """`ScaleArgs` of the kernel."""
+def _scale(scale: Scale | None, rows_each: int = 0) -> tuple[int, ...]:
+    """`ScaleArgs` of the kernel. rows_each: of one matrix, which all products share where a flat scale has no more."""
     if scale is None:
         return 0, 0, 0, 0, 1, 0, 1, 0, 0
     matrix, row, block = scale.strides
@@ -73,4 +73,5 @@ def _scale(scale: Scale | None) -> tuple[int, ...]:
     rows, k = scale.block
     kind = ELEMENTS[scale.element].code if scale.element else BY_DTYPE[scale.dtype].code if scale.dtype != "uint8" else 0
     shift = 30 if k == ALL else k.bit_length() - 1
-    return row, block, matrix, shift, max(rows, 1), kind, TILE_ROWS[scale.layout], _PLACES[scale.rows], 0
+    place = 0 if scale.rows == "flat" and scale.shape[1] == rows_each else _PLACES[scale.rows]
+    return row, block, matrix, shift, max(rows, 1), kind, TILE_ROWS[scale.layout], place, 0

@@ -121,6 +121,8 @@ class Skinny:
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
         target = arch.get(problem.arch) if problem.arch else arch.get("sm_90a")
+        if "pdl" not in target.features:
+            problem = problem._replace(pdl="")  # NOTE: without griddepcontrol, a launch that may begin early would not wait
         if problem.batch_invariant:
             return self.invariant(problem, target, device)
         whole = 1 << (problem.m - 1).bit_length()
@@ -246,6 +248,10 @@ def _smem(problem: Problem, config: Config) -> int:
 
 
 def _fits(problem: Problem, config: Config, target: arch.Arch) -> bool:
+    """In registers (what the compiler says of sm_80 to sm_121), and in shared memory."""
+    sums = config.row_blocks * ceil_div(config.tokens, 8) * (2 if problem.scale_block else 1)
+    if sums > (8 if config.warps <= 8 else 2 if config.row_blocks == 2 or problem.scale_block else 4):
+        return False
     return _smem(problem, config) <= min(target.max_smem, target.smem_per_sm // config.ctas - 1024)
 
 
