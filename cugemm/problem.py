@@ -47,8 +47,8 @@ class Problem(NamedTuple):
 
     a, b: elements. a_scale, b_scale: the element of scales that go into the values ("e4m3", "e8m0"), else "". zero: b has zero points.
     scale_block: the fewest values along k under one float scale, 0 where none varies along k. vector: both operands can be read in 16-byte
-    pieces, along the axes a_major and b_major say; b_vector: b can along k. pdl: "", or what may happen to b before the kernel ahead has
-    ended, "prefetch" or "static" (loads).
+    pieces, along the axes a_major and b_major say; b_vector: b can along k, and so can its scales. pdl: "", or what may happen to b before
+    the kernel ahead has ended, "prefetch" or "static" (loads).
     """
 
     m: int
@@ -278,7 +278,7 @@ class GemmOp(NamedTuple):
             min((s.block[1] for s in (a_scale, b_scale) if s is not None and s.by_k), default=0),
             a_major, b_major, vector, out_dtype, options.accumulate, options.backend,
             pdl=("static" if options.static_weights else "prefetch") if options.pdl else "", batch_invariant=options.batch_invariant,
-            b_vector=_major(b_view, b_strides, b_element) == ("k", True) and b_panel % 16 == 0,
+            b_vector=_major(b_view, b_strides, b_element) == ("k", True) and b_panel % 16 == 0 and not _straddles(b_scale, n),
         )  # fmt: skip
         return GemmCall(
             problem, ((out_shape, out_dtype),), _segment_workspaces(options.segments, segments, m), m, n, k_a,
@@ -568,6 +568,11 @@ def _major(view: View, strides: tuple[int, int, int], element: Element) -> tuple
     if row == 1 and element.per_byte == 1 and aligned(k):
         return "mn", True
     return "k", False
+
+
+def _straddles(scale: Scale | None, n: int) -> bool:
+    """Whether 32 rows of a matrix may lie in two tiles of scales."""
+    return scale is not None and scale.rows == "flat" and scale.layout != "linear" and n % 32 != 0
 
 
 def _segment_workspaces(kind: str, segments: Segments, m: int) -> tuple[ArraySpec, ...]:

@@ -143,6 +143,7 @@ struct Fetch {
     const u8* from;                   // this lane copies chunk lane % 8 of rows lane / 8 + 4 j
     i32 last_j;                       // further rows are not there: the last one again
     const u8* scale[ROW_BLOCKS * 2];  // and word t of the scales of rows g + 8 i
+    i64 eight_rows, next_scales;      // bytes from one of them to the next, and from step to step
 
     __device__ __forceinline__ Fetch(const Args& args, const Place& at, u32 ring)
         : args(args),
@@ -154,7 +155,11 @@ struct Fetch {
           to(ring),
           tile(at.tile),
           round(0),
-          row_bytes(kPacked<B_ELEMENT> ? (args.k + 1) / 2 : args.k * kBytes) {
+          row_bytes(kPacked<B_ELEMENT> ? (args.k + 1) / 2 : args.k * kBytes),
+          eight_rows(args.b_scales.tile_rows == 128 ? 8 * 16
+                     : args.b_scales.tile_rows == 8 ? args.b_scales.row
+                                                    : 8 * args.b_scales.row),
+          next_scales(WARPS_K * kScaleWords * word_bytes()) {
         point();
     }
 
@@ -171,15 +176,13 @@ struct Fetch {
         from = weights + row * args.b_column * kBytes + step * step_bytes() + at.lane % 8 * 16;
         last_j = (args.n - 1 - row) / 4;
         if constexpr (kScaleWords != 0) {
+            const ScaleArgs& s = args.b_scales;
+            const i32 column = smaller(tile * kRows + at.g, args.n - 1), r = column + (s.place == 1 ? at.batch * args.n : 0);
+            const i32 row_tile = s.tile_rows == 1 ? r : s.tile_rows == 128 ? r / 128 : r / 8;
+            const i32 inside = s.tile_rows == 1 ? 0 : s.tile_rows == 128 ? r % 32 * 16 + r % 128 / 32 * 4 : r % 8 * 4;
+            scale[0] = scales + row_tile * s.row + (step * kScaleWords + at.t) * word_bytes() + inside;
 #pragma unroll
-            for (int i = 0; i < ROW_BLOCKS * 2; ++i) {
-                const ScaleArgs& s = args.b_scales;
-                const i32 column = smaller(tile * kRows + i * 8 + at.g, args.n - 1);
-                const i32 word = step * kScaleWords + at.t, r = column + (s.place == 1 ? at.batch * args.n : 0);
-                const i32 row_tile = s.tile_rows == 1 ? r : s.tile_rows == 128 ? r / 128 : r / 8;
-                const i32 inside = s.tile_rows == 1 ? 0 : s.tile_rows == 128 ? r % 32 * 16 + r % 128 / 32 * 4 : r % 8 * 4;
-                scale[i] = scales + row_tile * s.row + word * word_bytes() + inside;
-            }
+            for (int i = 1; i < ROW_BLOCKS * 2; ++i) scale[i] = column + 8 * i < args.n ? scale[i - 1] + eight_rows : scale[i - 1];
         }
     }
     // This lane's next row, or the last one again.
@@ -203,7 +206,7 @@ struct Fetch {
             from += WARPS_K * step_bytes();
             if constexpr (kScaleWords != 0) {
 #pragma unroll
-                for (int i = 0; i < ROW_BLOCKS * 2; ++i) scale[i] += WARPS_K * kScaleWords * word_bytes();
+                for (int i = 0; i < ROW_BLOCKS * 2; ++i) scale[i] += next_scales;
             }
             if (++round == at.rounds) {
                 round = 0, tile += at.stride;

@@ -46,7 +46,7 @@ class Config(NamedTuple):
 
 
 # What follows is fitted to 659 recorded times of 1, 8 and 16 rows (docs/benchmarks/skinny_configs.json); the choice it leads to is within
-# 5 % of the best on 94 % of the 54 problems, and on 87 % with pdl="static". More than 16 rows are an extrapolation.
+# 5 % of the best on 94 % of the 54 problems. Launches that overlap take the same, so that they give the same bits.
 _SHAPES = (
     (16, 16, 1, 4, 1, 1), (16, 8, 1, 4, 1, 1), (16, 4, 1, 4, 1, 1), (8, 8, 1, 4, 1, 2), (8, 4, 1, 4, 1, 1), (8, 4, 1, 4, 1, 2),
     (8, 8, 2, 3, 1, 1), (8, 4, 1, 4, 2, 1), (8, 4, 1, 4, 2, 2), (8, 2, 2, 3, 4, 1), (8, 2, 1, 4, 4, 1), (8, 4, 1, 4, 8, 1),
@@ -86,9 +86,7 @@ _SUM_NS = 58.0
 """For each tile, and for each part of it (16 columns, 8 rows) that another warp left."""
 _STAGE_NS, _STAGE_BYTES = 340.0, 37.0
 """Rows of A to shared memory: latency of each batch of loads, bytes of an SM in a ns."""
-_LAUNCH_US, _STATIC_US, _CLUSTER_US = 1.8, 0.75, 2.3
-_AHEAD = 0.5
-"""Part of what the rings hold that arrives before the predecessor ends, where the weights may be read by then."""
+_LAUNCH_US, _CLUSTER_US = 1.8, 2.3
 _AGAIN = 0.5
 """Reading weights again, for further rows of A: mostly from L2."""
 _CALIBRATED_KHZ = 1_980_000
@@ -171,10 +169,7 @@ class Skinny:
         before = waves * (rows / _STAGE_BYTES + loads * _STAGE_NS) * 1e-3 * clock
 
         memory = _bytes(problem, pieces)
-        if config.pdl == "static":
-            ring = config.warps * (config.stages - 1) * 2048 * config.row_blocks
-            memory -= _AHEAD * min(memory, min(clusters, resident) * config.split * ring)
-        launch = (_STATIC_US if config.pdl == "static" else _LAUNCH_US) + _CLUSTER_US * (config.split > 1)
+        launch = _LAUNCH_US + _CLUSTER_US * (config.split > 1)
         spent = waves * clock * 1e-3
         return launch + before + math.hypot(work * spent, latency * spent, memory / (device.read_gbs * 1e3))
 
