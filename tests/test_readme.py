@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 from conftest import ROOT
@@ -40,7 +42,7 @@ def run(*command: str) -> str:
 
 
 def test_the_readme_has_an_example_for_each_framework() -> None:
-    assert sorted(EXAMPLES) == ["cupy", "formats", "jax", "numpy", "torch"]
+    assert sorted(EXAMPLES) == ["cupy", "decode", "formats", "jax", "numpy", "torch"]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,7 @@ def test_the_readme_has_an_example_for_each_framework() -> None:
     [
         "numpy",
         "formats",
+        "decode",
         pytest.param("torch", marks=pytest.mark.requires("torch")),
         pytest.param("jax", marks=pytest.mark.requires("jax")),
         pytest.param("cupy", marks=pytest.mark.gpu),
@@ -81,6 +84,43 @@ def test_chains_have_a_table_once_they_are_recorded(tmp_path: Path, monkeypatch:
         "| 28672 x 4096 | 8 | bf16 | 100.0 | 90.0 (0.90x) | 80.0 | 75.0 | 2354 GB/s | portable | chain of 64 |"
     ]
     assert layers.splitlines()[2].startswith("| 53248 x 4096 | 32 | bf16 | 100.0 |")
+
+
+def test_the_picture_of_few_rows_is_current() -> None:
+    assert load(ROOT / "docs" / "plots.py").main(["--check"]) == 0, "run python docs/plots.py"
+
+
+def test_few_rows_have_a_picture_once_they_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plots = load(ROOT / "docs" / "plots.py")
+    monkeypatch.setattr(plots, "ROOT", tmp_path)
+    folder = tmp_path / "docs" / "benchmarks"
+    folder.mkdir(parents=True)
+    assert plots.main([]) == plots.main(["--check"]) == 0
+    assert not list(folder.iterdir())
+    row = {
+        "op": "linear", "format": "bf16", "m": 1, "n": 512, "k": 256, "groups": 1, "kernel": "skinny", "us": 10.0, "floor_us": 1.0,
+        "stream_us": 2.0, "baselines": {"torch.bf16": 20.0},
+    }  # fmt: skip
+    rows = [{**row, "m": m, "us": us, "n": n} for n in (512, 1024) for m, us in ((16, 100.0), (1, 10.0), (4, 20.0))]
+    rows += [{**row, "format": "w4a16_nvfp4", "m": 4, "us": None, "note": "failed"}, {**row, "op": "chain", "n": 7}]
+    records.save({**records.new_document(), "gpu": "H100 <1>", "rows": rows}, folder / "bench_h100_small_m.json")
+    assert plots.main(["--check"]) == 1
+    assert plots.main([]) == plots.main(["--check"]) == 0
+    text = (folder / "small_m.svg").read_text(encoding="utf-8")
+    root = ElementTree.fromstring(text)
+    name = "{http://www.w3.org/2000/svg}"
+    told = [element.text for element in root.iter(f"{name}text")]
+    assert {"512 x 256, us over m", "1024 x 256, us over m", "bf16", "torch.bf16"} <= set(told)
+    assert "7 x 256, us over m" not in told and "w4a16_nvfp4" not in told
+    assert told[-1] is not None and told[-1].startswith("H100 <1>")
+    lines = [[tuple(map(float, point.split(","))) for point in line.get("points", "").split()] for line in root.iter(f"{name}polyline")]
+    assert len(lines) == 4  # two panels, a baseline and a format each
+    bottom, top, left, right = plots.HEIGHT - plots.BOTTOM, plots.TOP, plots.LEFT, plots.WIDTH - plots.RIGHT
+    expected = [(left, bottom), (left + (right - left) / 2, bottom + (top - bottom) * math.log10(2)), (right, top)]
+    assert lines[1] == [pytest.approx(point, abs=0.06) for point in expected], "10 to 100 us over 1 to 16 rows, both logarithmic"
+    assert lines[3] == [(pytest.approx(x + plots.WIDTH, abs=0.06), y) for x, y in lines[1]]
+    assert plots.ticks(3.0, 30.0) == [2, 5, 10, 20, 50]
+    assert plots.ticks(7.0, 7.0) == [5, 10]
 
 
 def test_functions_of_the_support_table_exist() -> None:
