@@ -1,7 +1,8 @@
 """Kernels without a GPU: inside `emulated()` calls on NumPy arrays run the launches that a GPU would get, compiled as C++ by g++.
 
 tests/emulator has what CUDA and PTX are to a kernel there. Schedules of threads are random and shared memory is poisoned, so that a missing
-barrier or wait shows. Nothing shows about speed, registers, or how the hardware rounds sums: here an MMA rounds once.
+barrier or wait shows; a launch that may begin early finds poison where the kernel ahead writes until it has waited. Nothing shows about
+speed, registers, or how the hardware rounds sums: here an MMA rounds once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from conftest import ROOT
 from cugemm import arch, host, launch, select
 from cugemm.arrays import View, numpy_dtype
 from cugemm.catalog import Step, Zero
+from cugemm.problem import B_SCALE, B
 
 EMULATOR = ROOT / "tests" / "emulator"
 
@@ -54,7 +56,11 @@ def _library(source: str, defines: tuple[tuple[str, int], ...], capability: int)
     return ctypes.CDLL(str(library))
 
 
-def _launch(step: Step, pointers: list[int], values: list[float], target: str, seed: int, eager: bool) -> None:
+def _launch(
+    step: Step, pointers: list[int], values: list[float], target: str, seed: int, eager: bool, late: tuple[tuple[int, int], ...] = ()
+) -> None:  # fmt: skip
+    """late: (pointer, bytes) of memory that the kernel ahead writes."""
+
     def pointer(position: int) -> int:
         return 0 if position < 0 else pointers[position]
 
@@ -66,6 +72,10 @@ def _launch(step: Step, pointers: list[int], values: list[float], target: str, s
     capability = 10 * (10 * found.capability[0] + found.capability[1])
     library = _library(step.source, step.defines, capability)
     library.failure.restype = ctypes.c_char_p
+    kept = [(at, ctypes.string_at(at, size), size) for at, size in late]
+    for at, written, size in kept:
+        ctypes.memset(at, 0xFF, size)
+        library.write_late(ctypes.c_void_p(at), written, ctypes.c_ulonglong(size))
     code = library.launch(packed, len(packed), step.grid, step.threads, step.smem, seed, int(eager))
     said = library.failure().decode()
     assert code == 0, {1: "threads wait for each other for ever", 2: "the host packs another argument struct"}.get(code, said)
@@ -103,11 +113,15 @@ def emulated(target: str = "sm_90a", tile: int | None = None, seed: int = 1, eag
             table[roles.index("out")] = made.pop(0)
         table += [*made, *(x.ctypes.data for x in scratch)]
         values = [view if isinstance(view, float) else 1.0 for view in views]
+        early = {B, B_SCALE} if getattr(config, "pdl", "") == "static" else set()
+        arrays = [view for position, view in enumerate(views) if isinstance(view, View) and position not in early]
+        late = tuple((view.ptr, view.span()) for view in (*arrays, *outputs))
+        late += tuple((x.ctypes.data, x.nbytes) for x in scratch)
         for step in kernel.steps(call, config):
             if isinstance(step, Zero):
                 _clear(step, table)
             elif step.grid:
-                _launch(step, table, values, target, seed, eager)
+                _launch(step, table, values, target, seed, eager, late if step.pdl else ())
                 ran.append(step.source)
 
     launch._host_call, host.run = call_of, run_steps  # type: ignore[assignment]

@@ -35,6 +35,7 @@ BLOCKS = [
     ("bf16", "nvfp4"), ("nvfp4", "nvfp4"), ("mxfp8", "mxfp4"), ("fp16", "mxfp4"), ("bf16", "uint4_g32"), ("fp16", "int4_g64"),
     ("int8_row", "int4_g128"), ("fp8_group", "mxfp8"), ("nvfp4_row", "int4_g32"),
 ]  # fmt: skip
+SKINNY = [("bf16", "bf16"), ("bf16", "fp8_row"), ("fp8_group", "fp8_block"), ("bf16", "nvfp4"), ("bf16", "mxfp8"), ("fp16", "int4_g128")]
 SHAPES = [(1, 1, 2), (17, 33, 66), (129, 131, 258)]
 
 
@@ -116,6 +117,22 @@ def blocks(dev: Any, number: int) -> None:
                 gpu_formats.verify(dev, pair, layouts=layouts, scale_layouts=(scale_layout, scale_layout))
 
 
+def skinny(dev: Any, number: int) -> None:
+    """Few rows: one CTA or a cluster for each tile, pieces of a, matrices, counts out of range, no k."""
+    a, b = SKINNY[number]
+    for i, (m, n, k) in enumerate([*SHAPES, (5, 70, 528), (64, 40, 130), (3, 5, 0)]):
+        pair = formats.make(i, min(m, 64), n, k, a, b, exact=True, bias=True)
+        for tile in range(number + i, 60, 13):
+            with gpu_arrays.planned(tile):
+                gpu_formats.verify(dev, pair, backend="skinny", scale_layouts=("linear", ("linear", "128x4", "8x4")[tile % 3]))
+    pair, counts = formats.make(9, 9, 40, 264, a, b, exact=True, batch=(3,)), np.array([4, -3, 17])
+    case = formats.answer(pair.a, pair.b, counts=counts, repro=f"skinny(dev, {number}) exact=True")
+    for tile in (0, 11, 30):
+        with gpu_arrays.planned(tile):
+            out = gpu_formats.multiply(dev, pair.a, pair.b, case, backend="skinny", segments="masked", said=counts)
+            formats.check(pair, out, "bfloat16", case)
+
+
 def chosen(dev: Any, kind: str) -> None:
     """Groups in every form, with indices out of range."""
     for seed, (a, b) in enumerate((("bf16", "nvfp4"), ("mxfp8", "mxfp4"), ("fp8_group", "fp8_block"))):
@@ -157,6 +174,7 @@ def main() -> int:
         *((dense, i) for i in range(len(DENSE))),
         *((grouped, tile) for tile in range(3)),
         *((blocks, i) for i in range(len(BLOCKS))),
+        *((skinny, i) for i in range(len(SKINNY))),
         *((chosen, kind) for kind in gpu_formats.GROUPS),
         (rows, "bfloat16"),
         (rows, "float32"),

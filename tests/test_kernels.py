@@ -1,8 +1,9 @@
 """The real kernel sources, compiled by NVRTC for every architecture: no error, no spilled register, no remark that means a slow kernel.
 
 Which cubins: every pair of decodes on every arch, each with a tile, majors, VECTOR and SCALE_BLOCK dealt out so that all of them meet;
-every loader with all of those; every config that the cost model ranks for the shapes the benchmarks use; what the documented examples
-take; every mode of the helper kernels. The static assertions in the sources check shared memory and argument structs on the way.
+every loader with all of those; every tile that the cost model picks for the shapes the benchmarks use, and every way to cut k; of skinny
+every pair, and every two values of its config's axes; what the documented examples take; every mode of the helper kernels. The static
+assertions in the sources check shared memory and argument structs on the way.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from conftest import ROOT
 from cugemm import arch, compile, formats, problem, select
 from cugemm.arch import Device
 from cugemm.arrays import View, dense_strides
-from cugemm.catalog import Step, portable
+from cugemm.catalog import Step, portable, skinny
 from cugemm.compile import Job
 from cugemm.conversion import QuantizeOptions
 from cugemm.problem import OPS, GemmCall, GemmOptions, Problem
@@ -39,7 +40,7 @@ DEVICES = {
     "sm_121a": Device("GB10", 48, 2_400_000, 254.0, 24 << 20, 100 << 10),
 }
 ARCHS = tuple(DEVICES)
-MOST_PER_ARCH = 300
+MOST_PER_ARCH = 340
 
 DECODES = {
     **{name: (name, "", False) for name in ("bf16", "fp16", "e4m3", "e5m2", "e2m1", "e2m1x2", "int8", "int4x2")},
@@ -86,11 +87,11 @@ class Choice(NamedTuple):
         (a, a_scale, _), (b, b_scale, zero) = (DECODES[name] for name in self.pair)
         return Problem(
             8, 4096, 4096, 1, False, a, b, a_scale, b_scale, zero, self.scale_block, self.a_major, self.b_major, self.vector,
-            "bfloat16", "fast", "auto", self.arch,
+            "bfloat16", "fast", "auto", self.arch, b_vector=self.vector and self.b_major == "k",
         )  # fmt: skip
 
     def candidates(self) -> tuple[portable.Config, ...]:
-        return portable.KERNEL.candidates(self.question(), arch.H100)
+        return tuple(c for c in portable.KERNEL.candidates(self.question(), arch.H100) if c.split == 1)
 
 
 OTHERS = tuple(itertools.product(TILES, ("k", "mn"), ("k", "mn"), (True, False), SCALE_BLOCKS))
@@ -190,6 +191,48 @@ def conversion_calls(target: str) -> Iterator[Any]:
         yield OPS["block_scale_interleave"].check((spec((256, 32), dtype),), QuantizeOptions("nvfp4", scale_layout="128x4"))
 
 
+# --- few rows ---------------------------------------------------------------------------------------------------------------------
+
+MOST_SKINNY = 70
+SKINNY_MKS = tuple(itertools.product((1, 2, 4, 8, 16, 32, 64), (256, 2048, 7168, 14336)))
+
+
+def skinny_choices(target: str) -> Iterator[list[tuple[Problem, skinny.Config]]]:
+    """For each pair that skinny multiplies, its configs over rows and k; a second time with float scales along k, where it has those."""
+    for block, (a, b) in itertools.product((0, 128), PAIRS):
+        question = Choice(target, (a, b), 0, "k", "k", True, block).question()._replace(backend="skinny")
+        asked = [question._replace(m=m, k=k) for m, k in SKINNY_MKS]
+        found = [(q, config) for q in asked if skinny.KERNEL.refuse(q) is None for config in skinny.KERNEL.candidates(q, DEVICES[target])]
+        if found:
+            yield found
+
+
+def skinny_axes(choice: tuple[Problem, skinny.Config]) -> frozenset[tuple[tuple[str, Any], ...]]:
+    """Every two values of what macros say, decodes aside."""
+    question, config = choice
+    values = {"block": question.scale_block, "warps": (config.warps, config.warps_k)}
+    values |= {name: getattr(config, name) for name in ("tokens", "row_blocks", "stages", "split")}
+    return frozenset(itertools.combinations(sorted(values.items()), 2))
+
+
+@functools.cache
+def skinny_cover(target: str) -> tuple[tuple[Problem, skinny.Config], ...]:
+    """Each pair with the config that shows most combinations not seen before, round and round until there is nothing new."""
+    pools = list(skinny_choices(target))
+    scored = [[(choice, skinny_axes(choice)) for choice in pool] for pool in pools]
+    seen: set[Any] = set()
+    rows: list[tuple[Problem, skinny.Config]] = []
+    pairs: set[tuple[str, str, str]] = set()
+    for turn, pool in enumerate(scored * 4):
+        best, axes = max(pool, key=lambda choice: len(choice[1] - seen))
+        pair = (best[0].a, best[0].b, best[0].b_scale)
+        if (turn < len(scored) and pair not in pairs) or (len(rows) < MOST_SKINNY and axes - seen):
+            rows.append(best)
+            seen |= axes
+            pairs.add(pair)
+    return tuple(rows)
+
+
 @functools.cache
 def layer_calls() -> tuple[GemmCall, ...]:
     return tuple(linear_call(m, n, k, *layer) for (n, k), m, layer in itertools.product(NK, MS, LAYERS))
@@ -204,17 +247,22 @@ def jobs_of(target: str) -> list[Job]:
             found.setdefault((step.source, tuple(sorted(step.defines))), Job(step.source, arch.get(target), dict(step.defines)))
 
     template = linear_call(8, 4096, 4096, "bfloat16", "bfloat16")
-    for row in cover():
+    for i, row in enumerate(cover()):
         if row.arch == target:
             question = row.question()
-            config = portable.KERNEL.candidates(question, arch.H100)[row.tile]
-            for step in portable.KERNEL.steps(template._replace(problem=question), config):
+            config = row.candidates()[row.tile]
+            splits = [c for c in portable.KERNEL.candidates(question, arch.H100) if c[:-1] == config[:-1]]
+            for step in portable.KERNEL.steps(template._replace(problem=question), splits[i % len(splits)]):
                 add(step)
+    for question, few in skinny_cover(target):
+        for step in skinny.KERNEL.steps(template._replace(problem=question), few):
+            add(step)
     for call in layer_calls():
         question = call.problem._replace(arch=target)
         best = select.choose(question, DEVICES[target]).best
-        for step in best.kernel.steps(call._replace(problem=question), best.config):
-            add(step)
+        if best.kernel is portable.KERNEL:
+            for step in best.kernel.steps(call._replace(problem=question), best.config._replace(split=1)):
+                add(step)
     for call in example_calls():
         question = call.problem._replace(arch=target)
         best = select.choose(question, DEVICES[target]).best
@@ -240,6 +288,21 @@ def test_the_cover_covers() -> None:
     assert all(row.possible() for row in rows)
 
 
+@pytest.mark.parametrize("target", ARCHS)
+def test_the_cover_of_skinny(target: str) -> None:
+    """Every pair, every two values of the axes; clusters and shared memory that the arch has."""
+    pools, rows = list(skinny_choices(target)), skinny_cover(target)
+    assert len(rows) <= MOST_SKINNY
+    decodes = [{(q.a, q.b, q.b_scale) for q, _ in found} for found in ([pool[0] for pool in pools], rows)]
+    assert decodes[0] == decodes[1] and len(decodes[0]) >= 36
+    possible, seen = ({axes for choice in found for axes in skinny_axes(choice)} for found in (itertools.chain(*pools), rows))
+    assert seen == possible
+    found = arch.get(target)
+    assert {config.split for _, config in rows} == ({1, 2, 4, 8} if "cluster" in found.features else {1})
+    steps = [skinny.KERNEL.steps(linear_call(8, 4096, 4096, "bfloat16", "bfloat16")._replace(problem=q), config)[-1] for q, config in rows]
+    assert all(isinstance(step, Step) and 0 < step.smem <= found.max_smem for step in steps)
+
+
 def test_every_decode_and_mode_appears() -> None:
     jobs = jobs_of("sm_90a")
     kernels = {path.stem for path in (ROOT / "kernels").glob("*.cu")}
@@ -253,7 +316,7 @@ def test_every_decode_and_mode_appears() -> None:
 
 def test_the_list_is_finite() -> None:
     assert max(len(jobs_of(target)) for target in ARCHS) <= MOST_PER_ARCH
-    assert sum(len(jobs_of(target)) for target in ARCHS) <= 2400, "the test below would take too long"
+    assert sum(len(jobs_of(target)) for target in ARCHS) <= 2650, "the test below would take too long"
 
 
 def complaints(job: Job) -> list[str]:

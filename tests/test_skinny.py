@@ -1,24 +1,37 @@
-"""The kernel for few rows, on the CPU: formats, rows, sizes off every multiple, every way to cut the work."""
+"""The kernel for few rows, on the CPU: formats, rows, sizes off every multiple, every way to cut the work, batches, masks, NaN, bits."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from typing import Any
 
 import format_oracles as formats
+import gpu_formats
 import numpy as np
 import oracles
 import pytest
 from emulated import emulated as emulate
+from format_oracles import FORMATS, Operand
+from gpu_formats import ANY, Host
+from oracles import Array
 from test_emulated import operand
+from test_kernels import linear_call
 
 import cugemm
+from cugemm import NoKernelError, launch, select
+from cugemm.api.common import gemm_options, product
+from cugemm.arch import H100
 from cugemm.catalog import skinny
 from cugemm.catalog.skinny import Config
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 PAIRS = (
     ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "e4m3"), ("fp16", "e4m3"), ("e4m3", "e4m3"), ("e5m2", "e4m3"), ("bf16", "e5m2"),
     ("fp8_row", "fp8_row"), ("fp8_group", "fp8_block"), ("bf16", "fp8_block"), ("bf16", "nvfp4"), ("fp16", "nvfp4_row"), ("e4m3", "nvfp4"),
     ("bf16", "mxfp4"), ("fp8_row", "mxfp8"), ("bf16", "int8_row"), ("bf16", "int4_row"), ("fp16", "int4_g128"), ("bf16", "int8_group"),
+    ("fp8_group", "nvfp4"), ("fp8_group", "mxfp8"),
 )  # fmt: skip
 CONFIGS = tuple(
     Config(tokens, warps, warps_k, row_blocks, stages, split, 1, 2, ("", "prefetch", "static")[i % 3])
@@ -29,19 +42,40 @@ CONFIGS = tuple(
         )
     )
 )  # fmt: skip
+LAYOUTS = ("linear", "128x4", "8x4")
+Use = Callable[[Config], None]
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Use:
+    """use(config): the kernel has no other."""
+    return lambda config: monkeypatch.setattr(skinny.Skinny, "candidates", lambda self, problem, device: (config,))
+
+
+def multiply(a: Operand, b: Operand, case: oracles.Case, seed: int = 1, eager: bool = False, **how: Any) -> Array:
+    with emulate(seed=seed, eager=eager) as ran:
+        out = gpu_formats.multiply(Host(), a, b, case, backend="skinny", **how)
+    assert ran == ["segments", "skinny"] * 2 or set(ran) == {"skinny"}, ran
+    return out
+
+
+def stored(name: str, data: Array, scale: Array | None = None, tensor: Array | None = None) -> Operand:
+    """The operand of given codes."""
+    with np.errstate(all="ignore"):
+        return Operand(name, data, scale, tensor, None, formats.values(name, data, scale, tensor))
 
 
 @pytest.mark.parametrize("number", range(len(PAIRS)), ids=["-".join(pair) for pair in PAIRS])
-def test_products(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products(number: int, use: Use) -> None:
     rng = np.random.default_rng(number)
-    for i in range(3):
+    for i in range(2):
         config = CONFIGS[(3 * number + i) % len(CONFIGS)]
         m = int(rng.integers(config.tokens // 2 + 1, 2 * config.tokens + 1))  # one or two pieces
-        n, k = int(rng.integers(1, 200)), 32 * int(rng.integers(1, 50))
+        n, k = int(rng.integers(1, 150)), 32 * int(rng.integers(1, 40))
         a, b = formats.exact_operand(rng, PAIRS[number][0], (m, k), True), formats.exact_operand(rng, PAIRS[number][1], (n, k), False)
         bias = rng.integers(-8, 9, n).astype(np.float32)
-        x, w = operand(a), operand(b, ("linear", "128x4", "8x4")[i])
-        monkeypatch.setattr(skinny.Skinny, "candidates", lambda self, problem, device, config=config: (config,))
+        x, w = operand(a), operand(b, LAYOUTS[(number + i) % 3])
+        use(config)
         results: list[Any] = []
         for eager in (False, True):
             out = oracles.poison((m, n), "float32")
@@ -51,3 +85,214 @@ def test_products(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
             oracles.check_exact(formats.answer(a, b, bias=bias), out, "float32")
             results.append(out)
         oracles.check_bits(*results)
+
+
+@pytest.mark.parametrize("kind", ["dense", "batch", "one a", "one b", "masked"])
+def test_matrices(kind: str, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged k, bias, alpha, every out, layouts of scales, counts out of range."""
+    monkeypatch.setattr(launch.values, "check", lambda *given: None)  # which would refuse those in host memory
+    left, right = {"dense": ((), ()), "one a": ((1,), (3,)), "one b": ((3,), (1,))}.get(kind, ((3,), (3,)))
+    number = len(kind)
+    rng = np.random.default_rng(number)
+    for i in range(5):
+        name_a, name_b = PAIRS[(4 * i + 5 * number) % len(PAIRS)]
+        config = CONFIGS[(3 * i + number) % len(CONFIGS)]
+        use(config)
+        m, n = int(rng.integers(1, 2 * config.tokens + 1)), int(rng.integers(1, 80))
+        k = gpu_formats.even(int(rng.integers(1, 700)), name_a, name_b)
+        a = formats.exact_operand(rng, name_a, (*left, m, k), True)
+        b = formats.exact_operand(rng, name_b, (*right, n, k), False)
+        bias = rng.integers(-8, 9, (3, n) if kind == "masked" and i % 3 == 1 else n).astype(np.float32) if i % 3 else None
+        counts = rng.choice([-3, 0, m // 2, m, m + 9], 3) if kind == "masked" else None
+        case = formats.answer(a, b, alpha=(1.0, 0.5, -2.0)[i % 3], bias=bias, counts=counts, repro=f"{kind} {i}: {m}, {n}, {k}, {config}")
+        how: dict[str, Any] = {} if counts is None else {"segments": "masked", "said": counts.astype(("int32", "int64")[i % 2])}
+        dtype = gpu_formats.OUTS[i % 3]
+        out = multiply(
+            a, b, case, seed=i, eager=i % 2 == 1, dtype=dtype, bias=bias, out=("row", "column", "odd row", "odd column")[i % 4],
+            scale_layouts=("linear", LAYOUTS[i % 3]), strided_scale=i % 2 == 0, alpha_on_device=i % 2 == 0, **how,
+        )  # fmt: skip
+        oracles.check_exact(case, out, dtype)
+
+
+def test_public_masked_and_batched(use: Use) -> None:
+    use(CONFIGS[5])
+    rng = np.random.default_rng(0)
+    a, b = formats.exact_operand(rng, "bf16", (3, 11, 208), True), formats.exact_operand(rng, "fp8_block", (3, 40, 208), False)
+    counts = np.array([4, 0, 11], np.int32)
+    with emulate() as ran:
+        masked = cugemm.grouped_matmul(operand(a), operand(b), counts=counts, backend="skinny")
+        whole = cugemm.matmul(operand(a), operand(b).T, backend="skinny")
+    assert ran == ["skinny", "skinny"]
+    oracles.check_exact(formats.answer(a, b, counts=counts), masked, "bfloat16")
+    oracles.check_exact(formats.answer(a, b), whole, "bfloat16")
+
+
+# --- how scales and weights lie ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "mxfp4"])
+def test_scales_that_are_not_words(name: str, use: Use) -> None:
+    """Every second byte, [blocks, n], at an odd address: linear and in tiles."""
+    use(CONFIGS[3])
+    rng = np.random.default_rng(0)
+    a, b = formats.exact_operand(rng, "bf16", (5, 1056), True), formats.exact_operand(rng, name, (40, 1056), False)
+    assert b.scale is not None
+    for layout in LAYOUTS:
+        scale = formats.tiled(b.scale, layout)
+        places = [np.zeros(scale.size + 1, np.uint8)[1:].reshape(scale.shape)]
+        if layout == "linear":
+            places += [np.zeros((scale.shape[0], 2 * scale.shape[1]), np.uint8)[:, ::2], np.zeros(scale.shape[::-1], np.uint8).T]
+        for place in places:
+            place[...] = scale
+            out = oracles.poison((5, 40), "float32")
+            with emulate() as ran:
+                w = cugemm.Quantized(b.data, place, name, tensor_scale=b.tensor, scale_layout=layout)
+                cugemm.linear(a.data, w, out=out, backend="skinny")
+            assert ran == ["skinny"]
+            oracles.check_exact(formats.answer(a, b), out, "float32")
+
+
+@pytest.mark.parametrize("backend", ["skinny", "portable"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("matrices", [1, 3])
+def test_flat_scales(matrices: int, layout: str, backend: str, use: Use) -> None:
+    """Rows of all matrices after each other; one matrix serves every product, and what lies behind its scales is not read."""
+    use(CONFIGS[4])
+    rng = np.random.default_rng(matrices)
+    n = 64 if backend == "skinny" and layout != "linear" else 35  # 32 rows lie in one tile
+    a, b = formats.exact_operand(rng, "bf16", (3, 9, 224), True), formats.exact_operand(rng, "nvfp4", (matrices, n, 224), False)
+    assert b.scale is not None
+    tiled = formats.tiled(b.scale.reshape(-1, b.scale.shape[-1]), layout)
+    scale = oracles.poison((3 * tiled.shape[0], tiled.shape[1]), "uint8")[: tiled.shape[0]]
+    scale[...] = tiled
+    for rows in ("flat", "") if matrices == 1 else ("flat",):
+        options = gemm_options(
+            ANY, "float32", backend, b_element="e2m1x2", b_scale_element="e4m3", b_scale_layout=layout, b_scale_rows=rows, b_axes="nk"
+        )
+        with emulate() as ran:
+            out = product(ANY, a.data, b.data, options, b_scale=scale, b_tensor=b.tensor)
+        assert ran == [backend]
+        oracles.check_exact(formats.answer(a, b), out, "float32")
+
+
+def test_panels(use: Use) -> None:
+    rng = np.random.default_rng(0)
+    a, b = formats.exact_operand(rng, "e4m3", (5, 640), True), formats.exact_operand(rng, "e4m3", (40, 640), False)
+    panels = np.ascontiguousarray(cugemm.prepare_low_latency_gemm_weights(b.data))
+    for config in (CONFIGS[1], CONFIGS[5]):
+        use(config)
+        with emulate() as ran:
+            out = cugemm.mm_fp8(a.data, panels, backend="skinny")
+        assert ran == ["skinny"]
+        oracles.check_exact(formats.answer(a, b), out, "bfloat16")
+
+
+# --- NaN, inf, nothing ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", PAIRS[:7], ids="-".join)
+def test_special_values(pair: tuple[str, str], use: Use) -> None:
+    """One NaN or infinity in a row of a or b spoils its row or column of the result, all of it, and no other."""
+    rng = np.random.default_rng(3)
+    for config in (CONFIGS[4], CONFIGS[5]):
+        use(config)
+        sides = []
+        for name, rows in zip(pair, (12, 40), strict=True):
+            x = formats.exact_operand(rng, name, (rows, 272), False)
+            codes = x.data.view(f"u{x.data.itemsize}")
+            special = np.flatnonzero(~np.isfinite(oracles.TABLES[name]))
+            for i, code in enumerate(special[np.linspace(0, len(special) - 1, 6).astype(int)]):
+                codes[2 * i % rows, [0, 37, 144, 250, 271, 96][i]] = code
+            sides.append(stored(name, x.data))
+        a, b = sides
+        case = formats.answer(a, b)
+        assert np.isnan(case.exact).any() and np.isfinite(case.exact).any()
+        out = multiply(a, b, case, dtype="float32")
+        wrong = np.isnan(case.exact) != np.isnan(out)
+        assert not wrong.any(), f"NaN in the wrong place: {np.argwhere(wrong)[:5].tolist()}"
+        oracles.check_exact(case, out, "float32")
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8", "int4_g128", "int8_group", "fp8_block", "fp8_row"])
+def test_special_scales(name: str, use: Use) -> None:
+    """NaN codes and infinities in the first, a middle and the last, partial block."""
+    kind = FORMATS[name]
+    rng = np.random.default_rng(4)
+    for config, k in ((CONFIGS[3], 384 + 32), (CONFIGS[5], 640)):
+        use(config)
+        b = formats.exact_operand(rng, name, (20 if kind.block[0] < 2 else 400, k), False)
+        assert b.scale is not None
+        scale = b.scale.copy()
+        bad = {"e4m3": (0x7F, 0xFF), "e8m0": (0xFF, 0xFF)}.get(kind.scale, (np.nan, np.inf))
+        last = scale.shape[1] - 1
+        scale[0, 0], scale[1, last], scale[2, last // 2] = bad[0], bad[1], bad[1]
+        data = np.full_like(b.data, 0x11) if kind.element in oracles.PACKED else np.ones_like(b.data)  # of one sign: inf stays inf
+        b, a = stored(name, data, scale, b.tensor), stored("bf16", np.ones((6, k), oracles.dtype_of("bfloat16")))
+        with np.errstate(all="ignore"):
+            case = formats.answer(a, b)
+        assert not np.isfinite(case.exact).all(axis=0).all() and np.isfinite(case.exact).any()
+        oracles.check_exact(case, multiply(a, b, case, dtype="float32"), "float32")
+
+
+def test_no_k(use: Use) -> None:
+    """Zeros, and the bias, whatever the scales."""
+    for config in CONFIGS[::3]:
+        use(config)
+        w = cugemm.Quantized(np.zeros((30, 0), oracles.dtype_of("float8_e4m3fn")), np.full((30, 1), np.inf, np.float32), "fp8_row")
+        bias, out = np.arange(30, dtype=np.float32), oracles.poison((9, 30), "float32")
+        with emulate() as ran:
+            cugemm.linear(np.zeros((9, 0), oracles.dtype_of("bfloat16")), w, bias, out=out, backend="skinny")
+        assert ran == ["skinny"]
+        oracles.check_bits(out, np.tile(bias, (9, 1)))
+
+
+# --- bits -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", [("bf16", "bf16"), ("fp8_group", "fp8_block"), ("fp16", "nvfp4")], ids="-".join)
+@pytest.mark.parametrize(("warps_k", "split"), [(2, 1), (4, 2)])
+def test_bits_of_a_row(pair: tuple[str, str], warps_k: int, split: int, use: Use) -> None:
+    """They depend on nothing but the row and how k is cut: not on m, the row's place, other rows, the other cuts, or the schedule."""
+    rng = np.random.default_rng(5)
+    k, n = 672, 24
+    a, b = formats.random_operand(rng, pair[0], (33, k)), formats.random_operand(rng, pair[1], (n, k))
+    w = operand(b)
+
+    def rows(first: int, count: int, tokens: int, row_blocks: int = 1, seed: int = 1) -> Array:
+        use(Config(tokens, 4, warps_k, row_blocks, 3, split, 1, 1 + tokens % 3))
+        part = a._replace(data=a.data[first : first + count], scale=None if a.scale is None else a.scale[first : first + count])
+        out = oracles.poison((count, n), "float32")
+        with emulate(seed=seed, eager=seed % 2 == 0):
+            cugemm.linear(operand(part), w, out=out, backend="skinny")
+        return out
+
+    whole = rows(0, 33, 32)
+    oracles.check_random(formats.answer(a, b, random_signs=True), whole, "float32")
+    for seed, (first, count, tokens, row_blocks) in enumerate(
+        [(0, 1, 1, 1), (32, 1, 1, 2), (7, 2, 2, 1), (3, 5, 8, 2), (1, 17, 16, 1), (0, 33, 8, 1), (0, 33, 32, 1)]
+    ):
+        oracles.check_bits(rows(first, count, tokens, row_blocks, seed + 2), whole[first : first + count], f"{count} rows from {first}")
+
+
+# --- what is refused, and what depends on the target ------------------------------------------------------------------------------------
+
+
+def test_targets() -> None:
+    question = linear_call(8, 4096, 1024, "bfloat16", "bfloat16").problem._replace(backend="skinny", pdl="static")
+    with pytest.raises(NoKernelError, match="skinny: needs sm_80 or newer"):
+        select.choose(question._replace(arch="sm_75"), H100)
+    for target, early, splits in (("sm_80", {""}, {1}), ("compute_89", {""}, {1}), ("sm_90a", {"static"}, {1, 2, 4, 8})):
+        configs = skinny.KERNEL.candidates(question._replace(arch=target), H100)
+        assert {config.pdl for config in configs} == early, "a kernel that cannot wait must not begin early"
+        assert {config.split for config in configs} == splits
+
+
+def test_a_launch_that_does_not_wait_shows(use: Use) -> None:
+    """The emulator hides what the kernel ahead writes; before sm_90 there is no wait."""
+    a, b = (formats.exact_operand(np.random.default_rng(6), "bf16", shape, True) for shape in ((4, 64), (16, 64)))
+    use(CONFIGS[3]._replace(pdl="prefetch"))
+    for target, right in (("sm_90a", True), ("sm_80", False)):
+        x, w, out = a.data.copy(), b.data.copy(), oracles.poison((4, 16), "float32")
+        with emulate(target):
+            cugemm.linear(x, w, out=out, backend="skinny")
+        assert np.isfinite(out).all() == right

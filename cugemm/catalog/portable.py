@@ -84,7 +84,7 @@ _SUMS_US = 0.35
 """For 64 x 64 sums of each CTA of a cluster."""
 _BYTE_SCALES = 1.6
 """How much longer than that of other values the decode of values with byte scales takes."""
-_READ = 0.87
+_READ = 0.85
 """Part of the bandwidth of a pure-read kernel that a product reaches."""
 
 

@@ -64,6 +64,12 @@ struct Warp {
     unsigned long long slot[32][6];  // what its lanes show each other
 };
 
+struct Late {
+    void* to;
+    const void* from;
+    unsigned long long size;
+};
+
 constexpr unsigned kSharedBytes = 232448, kStackBytes = 128 << 10;
 alignas(1024) static unsigned char shared[kMostCtas][kSharedBytes];
 static unsigned shared_size, threads, ctas, seed;
@@ -71,7 +77,9 @@ static bool eager;
 static unsigned long long progress;  // barriers passed and threads ended
 static Fiber fibers[kMostThreads];
 static Warp warps[kMostThreads / 32];
-static Barrier cta[kMostCtas], named[kMostCtas][32], cluster;
+static Barrier cta[kMostCtas], named[kMostCtas][32], cluster, predecessor;
+static Late late[16];  // what the kernel ahead has not written yet
+static unsigned lates;
 static Fiber* self;
 static ucontext_t scheduler;
 
@@ -109,6 +117,11 @@ inline void arrive() {
 }
 inline void wait_for_cluster() {
     while (cluster.generation == self->arrived) swapcontext(&self->context, &scheduler);
+}
+// All threads of all CTAs must come, and only then the kernel ahead ends.
+inline void wait_for_predecessor() {
+    wait(predecessor, threads * ctas);
+    for (; lates; --lates) memcpy(late[lates - 1].to, late[lates - 1].from, late[lates - 1].size);
 }
 inline Warp& warp() { return warps[(self->cta * threads + self->thread) / 32]; }
 inline unsigned lane() { return self->thread % 32; }
@@ -164,7 +177,7 @@ int run(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel) {
     for (unsigned number = 0; number < grid; number += ctas) {
         for (unsigned i = 0; i < ctas; ++i) memset(shared[i], 0xFF, shared_size), cta[i] = {};
         for (Warp& warp : warps) warp.barrier = {};
-        cluster = {}, memset(named, 0, sizeof named);
+        cluster = predecessor = {}, memset(named, 0, sizeof named);
         for (unsigned i = 0; i < all; ++i) {
             Fiber& fiber = fibers[i];
             fiber.thread = i % block, fiber.cta = i / block, fiber.done = false, fiber.first = fiber.last = fiber.count[0] = 0;

@@ -11,10 +11,15 @@
 
 extern "C" const char* failure() { return emulator::failure; }
 
+// Of the next launch: these bytes come when the kernel ahead of it ends.
+extern "C" void write_late(void* to, const void* from, unsigned long long size) { emulator::late[emulator::lates++] = {to, from, size}; }
+
 extern "C" int launch(const void* packed, unsigned size, unsigned grid, unsigned block, unsigned shared_size, unsigned seed, int eager) {
     if (size != sizeof(Args)) return 2;
     static Args args;
     memcpy(&args, packed, size);
     emulator::shared_size = shared_size, emulator::seed = seed, emulator::eager = eager;
-    return emulator::run(grid, block, CLUSTER, [] { ENTRY(args); });
+    const int code = emulator::run(grid, block, CLUSTER, [] { ENTRY(args); });
+    emulator::lates = 0;
+    return code;
 }

@@ -189,7 +189,7 @@ inline u32 load_shared_u16(u32 p) {
 }
 inline u32 load_shared_u8(u32 p) { return *emulator::at(p, 1); }
 inline void store_shared_u32(u32 p, u32 v) { memcpy(emulator::at(p, 4), &v, 4); }
-inline void wait_for_predecessor() {}
+inline void wait_for_predecessor() { emulator::wait_for_predecessor(); }
 inline u32 cluster_rank() { return emulator::self->cta; }
 inline void store_remote_16(u32 shared, u32 rank, const float (&x)[4]) {
     emulator::at(shared, 16);
