@@ -17,7 +17,7 @@ class QuantizedLinear:
     multiply it as it is. Weight and x live in one framework and on one device. Calls overlap their neighbours in the stream (`pdl` and
     `static_weights` of `cugemm.linear`): wait for the stream after writing to the weight in place.
 
-    Errors and numerics: as `cugemm.quantize` and `cugemm.linear`. Holds no other state; one layer serves any number of threads.
+    Errors and numerics: as `cugemm.quantize` and `cugemm.linear`. One layer serves any number of threads.
 
     >>> layer = cugemm.QuantizedLinear(weight, bias, format="nvfp4", activations="fp8_row")
     >>> y = layer(x)
@@ -31,6 +31,7 @@ class QuantizedLinear:
             raise ValueError(f"QuantizedLinear: weight is {self.weight!r}; wanted [out_features, in_features] with k along axis 1.")
         self.bias = bias
         self.activations = activations
+        self._settled = self.weight is weight  # NOTE: the first call waits for the kernel that quantised, all later ones come behind it
 
     @property
     def out_features(self) -> int:
@@ -42,9 +43,10 @@ class QuantizedLinear:
 
     def __call__(self, x: Any, *, out: Any = None, out_dtype: Any = None, batch_invariant: bool = False) -> Any:
         """x [.., in_features] -> [.., out_features]; `out`, `out_dtype` and `batch_invariant` as in `cugemm.linear`."""
+        settled, self._settled = self._settled, True
         return linear(
             x, self.weight, self.bias, activations=self.activations, out=out, out_dtype=out_dtype,
-            pdl=True, static_weights=True, batch_invariant=batch_invariant,
+            pdl=True, static_weights=settled, batch_invariant=batch_invariant,
         )  # fmt: skip
 
     forward = __call__

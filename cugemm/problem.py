@@ -278,7 +278,7 @@ class GemmOp(NamedTuple):
             min((s.block[1] for s in (a_scale, b_scale) if s is not None and s.by_k), default=0),
             a_major, b_major, vector, out_dtype, options.accumulate, options.backend,
             pdl=("static" if options.static_weights else "prefetch") if options.pdl else "", batch_invariant=options.batch_invariant,
-            b_vector=_major(b_view, b_strides, b_element) == ("k", True) and b_panel % 16 == 0 and not _straddles(b_scale, n),
+            b_vector=_streams(b_view, b_strides, b_element, b_panel) and not _straddles(b_scale, n),
         )  # fmt: skip
         return GemmCall(
             problem, ((out_shape, out_dtype),), _segment_workspaces(options.segments, segments, m), m, n, k_a,
@@ -568,6 +568,11 @@ def _major(view: View, strides: tuple[int, int, int], element: Element) -> tuple
     if row == 1 and element.per_byte == 1 and aligned(k):
         return "mn", True
     return "k", False
+
+
+def _streams(b: View, strides: tuple[int, int, int], element: Element, panel: int) -> bool:
+    """Whether b is read along k in 16-byte pieces, panels of 128 bytes included."""
+    return _major(b, strides, element) == ("k", True) and (not panel or (itemsize(b.dtype) == 1 and panel % 16 == 0))
 
 
 def _straddles(scale: Scale | None, n: int) -> bool:

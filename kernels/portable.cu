@@ -13,7 +13,7 @@
 //   loads   16-bit operands by cp.async, STAGES - 1 tiles ahead; others through registers (decode, st.shared), two tiles ahead, value by
 //           value one ahead
 //
-// Not handled: wgmma and TMA (see the hopper kernels), packed values contiguous along m or n, grouped A contiguous along m with VECTOR
+// Not handled: wgmma and TMA, packed values contiguous along m or n, grouped A contiguous along m with VECTOR
 // (its segments start unaligned), block bytes beside values contiguous along m or n with VECTOR, blocks of fewer than 32 k with floats.
 // Learned from: the multistage pipeline of CUTLASS's sm_80 mainloop, gau-nernst's learn-cuda (swizzle, register double buffer).
 #include "common/args.cuh"

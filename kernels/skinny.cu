@@ -9,7 +9,7 @@
 //   k       SPLIT CTAs of a cluster cut k into runs of steps; in each, WARPS_K warps take its steps in turn
 //   rows    groups of WARPS_K warps, and clusters, take tiles in turn; more than TOKENS rows of A are cut among clusters
 //   ring    each warp copies what it will read itself, STAGES - 1 steps ahead and across tiles: no barrier in the main loop
-//   sums    of a tile meet in shared memory, in the order of k: those of warps behind a barrier of their group, those of CTAs in the one of
+//   sums    of a tile meet in shared memory, in one order: those of warps behind a barrier of their group, those of CTAs in the one of
 //           them whose turn it is, SPLIT tiles later
 //   launch  may begin before its predecessor has ended: weights are prefetched or loaded then, everything else waits
 //

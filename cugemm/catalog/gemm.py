@@ -24,7 +24,7 @@ def steps(
 ) -> tuple[Step | Zero, ...]:  # fmt: skip
     """The launches of a product: what its segments need first, then the kernel. clear: it leaves rows out that nobody selects."""
     groups = segments.steps(call, clear)
-    pdl = "" if groups.steps else pdl  # memory to clear comes first
+    pdl = "" if groups.steps else pdl  # other launches come first
     # A scale that varies along k goes to the main loop, with the tensor scale behind it; any other is the last factor itself.
     a_scale, a_outer = (A_SCALE, A_TENSOR) if _inner(call.a_scale) else (NULL, A_SCALE)
     b_scale, b_outer = (B_SCALE, B_TENSOR) if _inner(call.b_scale) else (NULL, B_SCALE)
