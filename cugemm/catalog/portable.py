@@ -101,6 +101,7 @@ class Portable:
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
         limit = arch.get(problem.arch).max_smem if problem.arch else arch.get("sm_89").max_smem
+        problem = _settled(problem)
         tiles = _tiles(problem)
         if problem.batch_invariant:  # these add up along k in one order
             tiles = tuple(tile for tile in tiles if tile.shape[5] == 1)
@@ -109,6 +110,7 @@ class Portable:
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
         """The CTAs of the busiest SM one after the other, but never faster than the operands come from memory."""
+        problem = _settled(problem)
         tile = next(t for t in _tiles(problem) if t.shape == config[:6])
         work = _work(problem)
         resident = max(1, min(tile.ctas_per_sm, device.smem_per_sm // (_smem(problem, config) + 1024)))
@@ -129,9 +131,16 @@ class Portable:
         return _LAUNCH_US + max(busy, memory)
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
-        problem = call.problem
+        problem = _settled(call.problem)
         grid = _grid(problem._replace(batch=call.batch), call.m, config)
         return gemm.steps(call, self.name, _defines(problem, config), grid, config.threads, _smem(problem, config))
+
+
+def _settled(problem: Problem) -> Problem:
+    """Value by value where that sums other parts of a block: batch invariance must not hang on how rows are aligned."""
+    if problem.batch_invariant and problem.scale_block:
+        return problem._replace(vector=False, a_major="k", b_major="k")
+    return problem
 
 
 def _bf16(problem: Problem) -> bool:
