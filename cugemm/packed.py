@@ -84,7 +84,8 @@ def pack(
     head = struct.Struct(f"<{len(step.pointers)}Q{len(step.scalars)}f")
     args = head.pack(*[0] * len(step.pointers), *[1.0] * len(step.scalars)) + step.tail
     assert len(args) <= _MAX_ARGS and len(step.pointers) > 1
-    config = _CONFIG.pack(step.grid, 1, 1, step.threads, 1, 1, step.smem, 0, ctypes.addressof(_PDL) if step.pdl else 0, int(step.pdl))
+    pdl = step.pdl and driver.version() >= (12, 3)  # NOTE: older ones refuse such launches in a capture; in order they are right as well
+    config = _CONFIG.pack(step.grid, 1, 1, step.threads, 1, 1, step.smem, 0, ctypes.addressof(_PDL) if pdl else 0, int(pdl))
     scalars = tuple((scalars_at + 4 * i, position) for i, position in enumerate(step.scalars) if by_value[position])
     picked = itemgetter(*map(place, step.pointers))
     return Launch(function(step), config, args, picked, struct.Struct(f"<{len(step.pointers)}Q").pack_into, scalars, device)
