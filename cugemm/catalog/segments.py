@@ -29,7 +29,7 @@ class Grouping(NamedTuple):
     rows: int = NULL
 
 
-def steps(call: GemmCall, clear: bool) -> Grouping:
+def steps(call: GemmCall, clear: bool = True) -> Grouping:
     """How `call` says which rows go where. clear: rows of the result that nobody selects keep the zeros of the first steps."""
     if not call.segments and call.rows_dtype is None:
         return Grouping()
