@@ -666,7 +666,7 @@ ERRORS: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         "experts is a PyTorch array, but x is a NumPy array; convert one of them.",
     ),
     "x dtype": (TypeError, lambda: gm(SA, W, indices=TOP), "x is float32; wanted"),
-    "backend": (ValueError, lambda: gm(X, W, indices=TOP, backend="cutlass"), "backend is 'cutlass'; wanted one of 'auto', 'skinny', 'portable'"),
+    "backend": (ValueError, lambda: gm(X, W, indices=TOP, backend="cutlass"), "backend is 'cutlass'; wanted one of 'auto', 'skinny'"),
     "accumulate": (
         ValueError,
         lambda: gm(X, W, indices=TOP, accumulate="slow"),
