@@ -106,14 +106,8 @@ def tinygemm_bf16(input: Any, weight: Any, out: Any, bias: Any = None, use_pdl: 
     >>> cugemm.tinygemm_bf16(x, w, out, bias)
     """
     _in_place(_TINY, input, out, "cugemm.linear(input, weight, bias)")
-    product(
-        _TINY,
-        input,
-        weight,
-        gemm_options(_TINY, how=(flag("tinygemm_bf16", "use_pdl", use_pdl), False, False), b_axes="nk"),
-        bias=bias,
-        out=out,
-    )
+    options = gemm_options(_TINY, how=(flag("tinygemm_bf16", "use_pdl", use_pdl), False, False), b_axes="nk")
+    product(_TINY, input, weight, options, bias=bias, out=out)
 
 
 def mm_M1_16_K7168_N128(  # noqa: N802 - FlashInfer's name

@@ -1,13 +1,14 @@
-"""The argument struct of product kernels (`kernels/common/args.cuh`) and the step that launches one."""
+"""What product kernels share: whom they refuse, the type they compute in, their arguments (`kernels/common/args.cuh`), their step."""
 
 from __future__ import annotations
 
 import struct
 
+from cugemm import arch
 from cugemm.catalog import segments
 from cugemm.catalog.step import NULL, Step, Zero
-from cugemm.formats import ALL, BY_DTYPE, ELEMENTS
-from cugemm.problem import A_SCALE, A_TENSOR, ALPHA, B_SCALE, B_TENSOR, BIAS, OUT, ZERO, A, B, GemmCall
+from cugemm.formats import ALL, BF16, BY_DTYPE, E8M0, ELEMENTS
+from cugemm.problem import A_SCALE, A_TENSOR, ALPHA, B_SCALE, B_TENSOR, BIAS, OUT, ZERO, A, B, GemmCall, Problem
 from cugemm.scale_layout import TILE_ROWS, padded
 from cugemm.scales import Scale
 
@@ -16,6 +17,20 @@ _TAIL = struct.Struct("<7i10q" + "3q6i" * 5 + "2q6i")
 _PLACES = {"": 0, "flat": 1, "pad4": 4, "pad128": 128}
 _GROUPED = {"": 0, "masked": 2}
 _EARLY = {"": 0, "prefetch": 1, "static": 2}
+
+
+def refuse(problem: object, name: str) -> str | None:
+    """Why no kernel that multiplies, or not the one called `name`, takes this."""
+    if not isinstance(problem, Problem):
+        return "multiplies matrices, does not convert them"
+    if problem.backend not in ("auto", name):
+        return f"backend={problem.backend!r} was asked for"
+    return None if problem.arch in ("", *arch.ARCHS) else "needs sm_80 or newer"
+
+
+def computes_bf16(problem: Problem) -> bool:
+    """Whether values are multiplied as bf16, which power-of-two scales need too; else as fp16."""
+    return BF16.name in (problem.a, problem.b) or E8M0.name in (problem.a_scale, problem.b_scale)
 
 
 def steps(

@@ -9,7 +9,7 @@ from cugemm import arch
 from cugemm.arch import Device
 from cugemm.catalog import gemm
 from cugemm.catalog.step import REACHED, Step, Zero
-from cugemm.formats import BF16, E8M0, ELEMENTS, FP16
+from cugemm.formats import BF16, ELEMENTS, FP16
 from cugemm.problem import GemmCall, Problem
 from cugemm.scales import ceil_div
 
@@ -93,11 +93,7 @@ class Portable:
     multiplies = True
 
     def refuse(self, problem: object) -> str | None:
-        if not isinstance(problem, Problem):
-            return "multiplies matrices, does not convert them"
-        if problem.backend not in ("auto", self.name):
-            return f"backend={problem.backend!r} was asked for"
-        return None if problem.arch in ("", *arch.ARCHS) else "needs sm_80 or newer"
+        return gemm.refuse(problem, self.name)
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
         limit = arch.get(problem.arch).max_smem if problem.arch else arch.get("sm_89").max_smem
@@ -143,14 +139,9 @@ def _settled(problem: Problem) -> Problem:
     return problem
 
 
-def _bf16(problem: Problem) -> bool:
-    """Whether tiles hold bf16, which power-of-two scales need too; else fp16."""
-    return BF16.name in (problem.a, problem.b) or E8M0.name in (problem.a_scale, problem.b_scale)
-
-
 def _planes(problem: Problem) -> int:
     """MMAs per product: fp16 among bf16 tiles is split in two."""
-    return 2 if _bf16(problem) and FP16.name in (problem.a, problem.b) else 1
+    return 2 if gemm.computes_bf16(problem) and FP16.name in (problem.a, problem.b) else 1
 
 
 def _work(problem: Problem) -> str:
@@ -185,7 +176,7 @@ def _config(problem: Problem, tile: _Tile, limit: int) -> Config:
 
 def _smem(problem: Problem, config: Config) -> int:
     """sizeof(Smem) of the kernel: 16-bit tiles; fp16 beside bf16 takes two planes."""
-    bf16 = _bf16(problem)
+    bf16 = gemm.computes_bf16(problem)
     rows = config.block_m * (1 + (bf16 and problem.a == FP16.name)) + config.block_n * (1 + (bf16 and problem.b == FP16.name))
     return ceil_div(rows * config.block_k * 2 * config.stages, 1024) * 1024
 

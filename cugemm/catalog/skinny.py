@@ -97,19 +97,16 @@ class Skinny:
     multiplies = True
 
     def refuse(self, problem: object) -> str | None:
-        if not isinstance(problem, Problem):
-            return "multiplies matrices, does not convert them"
-        if problem.backend not in ("auto", self.name):
-            return f"backend={problem.backend!r} was asked for"
-        if problem.arch not in ("", *arch.ARCHS):
-            return "needs sm_80 or newer"
+        refused = gemm.refuse(problem, self.name)
+        if refused or not isinstance(problem, Problem):
+            return refused
         if (problem.m > _MOST_ROWS and not problem.batch_invariant) or problem.grouped:
             return f"multiplies up to {_MOST_ROWS} rows, of a whole matrix"
         if problem.a not in _LEFT or problem.b not in _RIGHT or problem.a_scale or problem.zero:
             return "takes 16-bit or float8 rows, and weights without zero points"
         if not problem.b_vector:
             return "reads weights along k, in 16-byte pieces"
-        if _bf16(problem) and FP16.name in (problem.a, problem.b):
+        if gemm.computes_bf16(problem) and FP16.name in (problem.a, problem.b):
             return "does not split fp16 for bf16"
         if problem.scale_block not in (0, 128) or (problem.scale_block and _step(problem) not in (128, 256)):
             return "scales sums of 128 values along k only"
@@ -182,10 +179,6 @@ class Skinny:
         )  # fmt: skip
 
 
-def _bf16(problem: Problem) -> bool:
-    return BF16.name in (problem.a, problem.b) or E8M0.name == problem.b_scale
-
-
 def _chunk(problem: Problem) -> int:
     """Values of a weight in 16 bytes."""
     return 128 // ELEMENTS[problem.b].bits
@@ -218,7 +211,7 @@ def _rows_bytes(problem: Problem, config: Config) -> int:
 
 def _decode(problem: Problem) -> float:
     """ns of an SM for 128 bytes of each of 16 weight rows."""
-    hardware = not _bf16(problem) and "fp8_cvt" in arch.get(problem.arch or "sm_90a").features
+    hardware = not gemm.computes_bf16(problem) and "fp8_cvt" in arch.get(problem.arch or "sm_90a").features
     ns = _CONVERT_NS if hardware and problem.b in FLOATS8 else _DECODE_NS[problem.b, problem.b_scale]
     return ns + (_BLOCK_NS if problem.scale_block else 0.0)
 
