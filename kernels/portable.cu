@@ -141,13 +141,6 @@ __device__ __forceinline__ u64 advance(u64 pointer, i64 values, i32 type) {  // 
     return pointer ? pointer + values * bytes : 0;
 }
 
-// Row of the scales that belongs to the tile's first row; -1 where scales follow the rows of their operand.
-__device__ __forceinline__ i32 first_scale_row(const ScaleArgs& scales, const Work& work, i32 begin, i32 rows) {
-    if (scales.place == 0) return -1;
-    if (scales.place == 1) return work.batch * rows + begin;
-    return (work.segment_begin + work.segment * (scales.place - 1)) / scales.place * scales.place + begin - work.segment_begin;
-}
-
 // The float scales of this thread's rows and columns, fetched for one block along k at a time.
 struct Scales {
     const Args& args;

@@ -1,6 +1,9 @@
 // The argument struct of every product kernel: what the host knows of a call. `cugemm/catalog/gemm.py` packs it.
 #pragma once
-#include "common/ptx.cuh"
+#include "common/numbers.cuh"
+
+// What all of them multiply as: bf16 where an operand is, or where powers of two scale it; else fp16.
+constexpr bool kComputeBf16 = A_ELEMENT == kBf16 || B_ELEMENT == kBf16 || A_SCALE == kE8m0 || B_SCALE == kE8m0;
 
 // How one array of scales (or zero points) covers its operand: "<3q6i".
 struct ScaleArgs {

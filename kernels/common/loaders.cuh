@@ -3,10 +3,9 @@
 // The including kernel is configured by the macros A_ELEMENT, A_SCALE, B_ELEMENT, B_SCALE, VECTOR, BLOCK_K and WARPS_*, which this header
 // reads. A_SCALE, B_SCALE: what the byte of each block does to the values on their way (see `decode_scale`).
 #pragma once
-#include "common/numbers.cuh"
+#include "common/args.cuh"
 
 constexpr int kThreads = 32 * WARPS_M * WARPS_N * WARPS_K;
-constexpr bool kComputeBf16 = A_ELEMENT == kBf16 || B_ELEMENT == kBf16 || A_SCALE == kE8m0 || B_SCALE == kE8m0;
 static_assert(BLOCK_K % 64 == 0, "the swizzle permutes eight chunks");
 
 // Tiles ----------------------------------------------------------------------------------------------------------------------------

@@ -113,3 +113,11 @@ __device__ __forceinline__ Work grouped_work(const Args& args, u32 number) {
     const bool any = expert >= 0 && expert < args.experts;
     return {begin, end, static_cast<i32>(column_tile) * kBlockN, 0, expert, segment, indptr[segment], any};
 }
+
+// Row of the scales that belongs to row `begin` of a tile; -1 where scales follow the rows of their operand. `rows`: of one matrix.
+template <class ScaleArgs>
+__device__ __forceinline__ i32 first_scale_row(const ScaleArgs& scales, const Work& work, i32 begin, i32 rows) {
+    if (scales.place == 0) return -1;
+    if (scales.place == 1) return work.batch * rows + begin;
+    return (work.segment_begin + work.segment * (scales.place - 1)) / scales.place * scales.place + begin - work.segment_begin;
+}
