@@ -47,7 +47,18 @@ struct Copy {
     unsigned to, size, valid;
     const void* from;
 };
+struct Product {  // of a warpgroup, under way: registers and shared memory are read when it is done
+    float* d;
+    const unsigned* a;
+    unsigned long long b;
+    unsigned blocks, group;
+    float (*decode)(unsigned);
+};
+struct Store {
+    unsigned to, size;
+};
 constexpr unsigned kMostThreads = 4096, kMostCopies = 256, kMostGroups = 8, kMostCtas = 8;  // of a cluster
+constexpr unsigned kMostProducts = 64, kMostStores = 1024;
 struct Fiber {
     ucontext_t context;
     bool done;
@@ -55,6 +66,11 @@ struct Fiber {
     unsigned arrived;                     // generation of the cluster's barrier that it came to
     Copy copy[kMostGroups][kMostCopies];  // asynchronous ones, by commit; group `last` is open
     unsigned count[kMostGroups], first, last;
+    Product product[kMostProducts];  // first_product .. products - 1 are under way; `group` is the open one
+    unsigned first_product, products, group;
+    bool fenced;               // that registers are written, once at least
+    Store store[kMostStores];  // since the last fence
+    unsigned stores;
 };
 struct Barrier {
     unsigned arrived = 0, generation = 0;
@@ -72,6 +88,7 @@ struct Late {
 
 constexpr unsigned kSharedBytes = 232448, kStackBytes = 128 << 10;
 alignas(1024) static unsigned char shared[kMostCtas][kSharedBytes];
+static unsigned char view[kMostCtas][kSharedBytes];  // shared memory as products see it: poison where no fence followed a store
 static unsigned shared_size, threads, ctas, seed;
 static bool eager;
 static unsigned long long progress;  // barriers passed and threads ended
@@ -94,6 +111,18 @@ inline unsigned char* memory() { return shared[self->cta]; }
 inline unsigned char* at(unsigned address, unsigned size) {
     if (address % size || address + size > shared_size) fail("access outside shared memory, or not aligned, at", address);
     return memory() + address;
+}
+// An ordinary store is noted for the fence; one through a plain pointer cannot be, so that products never see it.
+inline void store(unsigned address, const void* from, unsigned size) {
+    memcpy(at(address, size), from, size);
+    if (self->stores < kMostStores) self->store[self->stores] = {address, size};
+    ++self->stores;
+}
+inline void show_stores() {
+    if (self->stores > kMostStores) fail("more stores ahead of a fence than the emulator holds", self->stores);
+    for (unsigned i = 0; i < self->stores; ++i)
+        memcpy(view[self->cta] + self->store[i].to, memory() + self->store[i].to, self->store[i].size);
+    self->stores = 0;
 }
 template <class T>
 T load(const void* p) {
@@ -139,9 +168,9 @@ T exchange(T value, unsigned from) {
 }
 
 inline void copy(const Copy& copy) {
-    unsigned char* to = at(copy.to, copy.size);
-    memcpy(to, copy.from, copy.valid);
-    memset(to + copy.valid, 0, copy.size - copy.valid);
+    unsigned char bytes[16] = {};
+    memcpy(bytes, copy.from, copy.valid);
+    store(copy.to, bytes, copy.size);
 }
 inline void copy_async(unsigned to, const void* from, unsigned size, unsigned valid) {
     if (valid > size || reinterpret_cast<unsigned long long>(from) % size) fail("asynchronous copy of, or not aligned", valid);
@@ -175,17 +204,23 @@ int run(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel) {
     entry = &kernel;
     threads = block, blockDim.x = block, gridDim.x = grid;
     for (unsigned number = 0; number < grid; number += ctas) {
-        for (unsigned i = 0; i < ctas; ++i) memset(shared[i], 0xFF, shared_size), cta[i] = {};
+        for (unsigned i = 0; i < ctas; ++i) memset(shared[i], 0xFF, shared_size), memset(view[i], 0xFF, shared_size), cta[i] = {};
         for (Warp& warp : warps) warp.barrier = {};
         cluster = predecessor = {}, memset(named, 0, sizeof named);
         for (unsigned i = 0; i < all; ++i) {
             Fiber& fiber = fibers[i];
             fiber.thread = i % block, fiber.cta = i / block, fiber.done = false, fiber.first = fiber.last = fiber.count[0] = 0;
+            fiber.first_product = fiber.products = fiber.group = fiber.stores = 0, fiber.fenced = false;
             getcontext(&fiber.context);
             fiber.context.uc_stack.ss_sp = stacks + static_cast<size_t>(i) * kStackBytes;
             fiber.context.uc_stack.ss_size = kStackBytes;
             fiber.context.uc_link = &scheduler;
-            makecontext(&fiber.context, [] { (*entry)(), self->done = true, ++progress; }, 0);
+            const auto thread = [] {
+                (*entry)();
+                if (const unsigned left = self->products - self->first_product) fail("a thread ends ahead of its products", left);
+                self->done = true, ++progress;
+            };
+            makecontext(&fiber.context, thread, 0);
         }
         for (unsigned left = all; left;) {
             const unsigned first = random() % all;
