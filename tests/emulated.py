@@ -88,7 +88,7 @@ def _clear(zero: Zero, pointers: list[int]) -> None:
 
 @contextmanager
 def emulated(target: str = "sm_90a", tile: int | None = None, seed: int = 1, eager: bool = False) -> Iterator[list[str]]:
-    """Yields the list of kernels that ran. tile: number of the config, instead of the cheapest. eager: copies happen at once."""
+    """Yields the list of kernels that ran. tile: number of the config, instead of the cheapest. eager: copies, products at once."""
     ran: list[str] = []
     roles: tuple[str, ...] = ()
     host_call, run = launch._host_call, host.run

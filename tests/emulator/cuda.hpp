@@ -1,7 +1,7 @@
 // What NVRTC gives a kernel, on one CPU thread: CUDA threads are fibers, which run until they wait for each other.
 //
 // A barrier lets nobody pass before all have come, and in between fibers run in another random order each time. Shared memory is poisoned
-// before each CTA. Asynchronous copies happen as late as allowed (when they are waited for) or at once, as the run asks.
+// before each CTA. Asynchronous copies and products happen as late as allowed (when they are waited for) or at once, as the run asks.
 #pragma once
 #include <stdio.h>
 #include <stdlib.h>
