@@ -132,16 +132,7 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
                 multiply_units<0>(part, raw[c], scale[c], a + c * kUnits * kUnitBytes, there);
                 if (c == 0 && kParts == 1) continue;
                 if (c == 1 && kParts == 2 && ((at.first_step + step) * 2 + 1) * SCALE_BLOCK >= fetch.args.k) break;  // no block, no scale
-#pragma unroll
-                for (int i = 0; i < ROW_BLOCKS; ++i)
-#pragma unroll
-                    for (int j = 0; j < kTokenBlocks; ++j)
-#pragma unroll
-                        for (int v = 0; v < 4; ++v) {
-                            sum[i][j][v] +=
-                                block.b[c * (kParts - 1)][2 * i + v / 2] * block.a[c * (kParts - 1)][2 * j + v % 2] * part[i][j][v];
-                            part[i][j][v] = 0.f;
-                        }
+                block.add(sum, part, c * (kParts - 1));
             }
         }
     }

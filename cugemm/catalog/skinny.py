@@ -102,14 +102,9 @@ class Skinny:
             return refused
         if (problem.m > _MOST_ROWS and not problem.batch_invariant) or problem.grouped:
             return f"multiplies up to {_MOST_ROWS} rows, of a whole matrix"
-        if problem.a not in _LEFT or problem.b not in _RIGHT or problem.a_scale or problem.zero:
-            return "takes 16-bit or float8 rows, and weights without zero points"
-        if not problem.b_vector:
-            return "reads weights along k, in 16-byte pieces"
-        if gemm.computes_bf16(problem) and FP16.name in (problem.a, problem.b):
-            return "does not split fp16 for bf16"
-        if problem.scale_block not in (0, 128) or (problem.scale_block and _step(problem) not in (128, 256)):
-            return "scales sums of 128 values along k only"
+        refused = refuse_operands(problem)
+        if refused:
+            return refused
         if not self.candidates(problem, arch.H100):
             return f"does not hold {problem.m} rows of {problem.k} in shared memory"
         return None
@@ -257,6 +252,19 @@ def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
         ("SPLIT", config.split),
         ("MIN_CTAS", config.ctas),
     )
+
+
+def refuse_operands(problem: Problem) -> str | None:
+    """Why rows of A and weights do not go through kernels/common/rows.cuh and weights.cuh."""
+    if problem.a not in _LEFT or problem.b not in _RIGHT or problem.a_scale or problem.zero:
+        return "takes 16-bit or float8 rows, and weights without zero points"
+    if not problem.b_vector:
+        return "reads weights along k, in 16-byte pieces"
+    if gemm.computes_bf16(problem) and FP16.name in (problem.a, problem.b):
+        return "does not split fp16 for bf16"
+    if problem.scale_block not in (0, 128) or (problem.scale_block and _step(problem) not in (128, 256)):
+        return "scales sums of 128 values along k only"
+    return None
 
 
 KERNEL = Skinny()

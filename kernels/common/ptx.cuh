@@ -53,6 +53,11 @@ __device__ __forceinline__ Chunk load_global_16(const void* p) {
                  : "l"(p));
     return c;
 }
+__device__ __forceinline__ Chunk load_global_8(const void* p) {  // into the first half
+    Chunk c = {};
+    asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(c.word[0]), "=r"(c.word[1]) : "l"(p));
+    return c;
+}
 __device__ __forceinline__ u32 load_global_u8(const void* p) {
     u32 v;
     asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
@@ -278,8 +283,15 @@ __device__ __forceinline__ void mbarrier_arrive_remote(u32 barrier, u32 rank) { 
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(p) : "r"(barrier), "r"(rank));
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(p) : "memory");
 }
-// Until the phase of this parity has ended; what was written before the arrivals, by threads of the cluster too, is then there.
+// Until the phase of this parity has ended; what was written before the arrivals is then there: by threads of the CTA, or of its cluster.
 __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n\t.reg .pred done;\n"
+        "again:\n\tmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait_cluster(u32 barrier, u32 parity) {  // NOTE: empties L1 too
     asm volatile(
         "{\n\t.reg .pred done;\n"
         "again:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n}" ::"r"(barrier),
@@ -298,6 +310,9 @@ template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {  // at most the kPending newest groups are still under way afterwards
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+// Behind a wait: this register was read, or written, until now.
+__device__ __forceinline__ void wgmma_keep(const u32& x) { asm volatile("" ::"r"(x) : "memory"); }
+__device__ __forceinline__ void wgmma_keep(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 // Of a matrix contiguous along k, without swizzle: 16 bytes of each of 8 rows lie together (128 bytes); from them to the next 16 bytes of k,
 // and to the next 8 rows.
 __device__ __forceinline__ u64 matrix_descriptor(u32 shared, u32 k_bytes, u32 rows_bytes) {

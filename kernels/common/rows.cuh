@@ -115,6 +115,18 @@ struct BlockScales {
                 a[part][j] = args.a_scale ? load_float(args.a_scale, a_row[j] + block * args.a_scales.block, args.a_scales.type) : 1.f;
         }
     }
+    // The sums of one of the step's blocks, which begin again.
+    __device__ __forceinline__ void add(Sums& sum, Sums& part, int block) const {
+#pragma unroll
+        for (int i = 0; i < ROW_BLOCKS; ++i)
+#pragma unroll
+            for (int j = 0; j < kTokenBlocks; ++j)
+#pragma unroll
+                for (int v = 0; v < 4; ++v) {
+                    sum[i][j][v] += b[block][2 * i + v / 2] * a[block][2 * j + v % 2] * part[i][j][v];
+                    part[i][j][v] = 0.f;
+                }
+    }
 };
 
 // Epilogue ------------------------------------------------------------------------------------------------------------------------

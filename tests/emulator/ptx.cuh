@@ -163,6 +163,10 @@ inline void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { emulato
 inline void mma_fp16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { emulator::mma(d, a, b0, b1, emulator::fp16); }
 
 inline Chunk load_global_16(const void* p) { return emulator::load<Chunk>(p); }
+inline Chunk load_global_8(const void* p) {
+    const u64 c = emulator::load<u64>(p);
+    return {{static_cast<u32>(c), static_cast<u32>(c >> 32), 0, 0}};
+}
 inline u32 load_global_u8(const void* p) { return emulator::load<u8>(p); }
 inline u32 load_global_u16(const void* p) { return emulator::load<u16>(p); }
 inline u32 load_global_u32(const void* p) { return emulator::load<u32>(p); }
@@ -284,6 +288,8 @@ inline void mbarrier_wait(u32 barrier, u32 parity) {
         swapcontext(&emulator::self->context, &emulator::scheduler);
 }
 
+inline void mbarrier_wait_cluster(u32 barrier, u32 parity) { mbarrier_wait(barrier, parity); }
+
 inline void fence_async_proxy() { emulator::show_stores(); }
 inline void wgmma_fence() { emulator::self->fenced = true; }  // only its absence all along shows
 inline void wgmma_commit() { ++emulator::self->group; }
@@ -292,6 +298,8 @@ void wgmma_wait() {
     static_assert(kPending >= 0 && kPending < 8);
     emulator::wait_for_products(kPending);
 }
+inline void wgmma_keep(const u32&) {}
+inline void wgmma_keep(float&) {}
 inline u64 matrix_descriptor(u32 shared, u32 k_bytes, u32 rows_bytes) {
     const u32 any = shared | k_bytes | rows_bytes;
     if (any % 16 || any > 0x3FFFF) emulator::fail("a descriptor cannot hold bytes", any);

@@ -1,0 +1,382 @@
+// D = epilogue(A @ B) for few rows of A on Hopper, by warpgroup products with roles swapped: weights are their 64 rows, decoded on the way
+// from shared memory to registers, and rows of A ("tokens") their 8 to 128 columns, read from shared memory. sm_90a.
+//
+//   weights  each warp copies what it will decode itself, STAGES - 1 steps of 128 bytes a row ahead and across tiles (weights.cuh): no
+//            barrier, and while one half of a step is multiplied the other one is decoded
+//   A        four warps bring each step's rows of A in the order that decoded weights ask for, into X_STAGES steps that they fill again, or
+//            (X_STAGES = 0) into room for all of them, which then serves every tile
+//   k        SPLIT CTAs of a cluster cut k into runs of steps; in each, WARPS_K warpgroups take its steps in turn
+//   rows     WARPGROUPS / WARPS_K warpgroups take 64 * ROW_BLOCKS weight rows each; clusters take tiles in turn
+//   sums     that several warpgroups have are mailed, part by part, to the warp that stores the part, which adds them up in one order
+//   launch   may begin before its predecessor has ended: weights are prefetched or loaded then, everything else waits
+//
+// Not handled: what rows.cuh and weights.cuh do not. Learned from: swap-AB kernels as FlashInfer's TGV and DeepGEMM's (roles, producers).
+#include "common/rows.cuh"
+
+constexpr int kConsumers = 4 * WARPGROUPS, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
+constexpr int kGroups = WARPGROUPS / WARPS_K;
+constexpr int kStepBytes = TOKENS * kStepValues * 2;   // of A
+constexpr int kCoreBytes = TOKENS * 16;                // 8 values of k of all tokens
+constexpr int kTileParts = ROW_BLOCKS * kTokenBlocks;  // of a warp's tile: 16 columns and 8 rows of D
+constexpr int kSources = SPLIT * WARPS_K;              // of the sums of each part
+constexpr int kMail = (4 * kGroups * kTileParts + SPLIT - 1) / SPLIT * kSources * 512;
+static_assert(TOKENS % 8 == 0 && WARPGROUPS % WARPS_K == 0);
+
+// Where things are in shared memory, and the steps of A in it.
+struct Shared {
+    u32 barriers, x, mail, rings;
+    i32 x_stages;
+
+    __device__ __forceinline__ Shared(u32 first, i32 steps) : barriers(first), x_stages(X_STAGES ? X_STAGES : steps) {
+        x = first + (16 * x_stages + 16 + 127) / 128 * 128;
+        mail = x + x_stages * kStepBytes;
+        rings = mail + kMail;
+    }
+    // Step `number` of all that the CTA goes through: here it is when `full` ends its phase, it may go when `empty` does.
+    __device__ __forceinline__ u32 slot(u32 number) const { return X_STAGES ? number % (X_STAGES ? X_STAGES : 1) : number; }
+    __device__ __forceinline__ u32 parity(u32 number) const { return X_STAGES ? number / (X_STAGES ? X_STAGES : 1) % 2 : 0; }
+    __device__ __forceinline__ u32 full(u32 slot) const { return barriers + 16 + 16 * slot; }
+    __device__ __forceinline__ u32 empty(u32 slot) const { return barriers + 24 + 16 * slot; }
+    __device__ __forceinline__ u32 mail_full() const { return barriers; }
+    __device__ __forceinline__ u32 mail_empty() const { return barriers + 8; }
+};
+
+// Rows of A -----------------------------------------------------------------------------------------------------------------------
+
+// A task is one unit of one token: 8 values from each of 4 chunks, which are 8 (k) x 4 values of the two products of the unit.
+struct Producer {
+    static constexpr int kTasks = TOKENS * 2 * kUnits;                                 // of a step
+    static constexpr int kTeam = kTasks <= 32 ? 1 : smaller(kTasks / 32, kProducers);  // warps that share one
+    static constexpr int kEach = larger(1, kTasks / (32 * kTeam));                     // tasks of a lane
+    // Each slot has one team that fills it, and one warpgroup of WARPS_K that reads it: phases of one parity are never mistaken.
+    static constexpr int kTeams = smaller(kProducers / kTeam, X_STAGES % 4 == 0 ? 4 : X_STAGES % 2 == 0 ? 2 : 1);
+    static_assert(X_STAGES % WARPS_K == 0);
+
+    const Args& args;
+    const u8* row[kEach];  // where tasks begin in the first step; null: no row
+    bool pieces;
+    int id;
+
+    __device__ __forceinline__ Producer(const Args& args, const Place& at, int warp) : args(args), id(warp % kTeam * 32 + at.lane) {
+        pieces = args.a_k == 1 && args.k % 8 == 0 && (args.a | (args.a_row | at.work.batch * args.a_batch) * kRowValueBytes) % 16 == 0;
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) {
+            const int token = token_of(e);
+            const i32 source = token < tokens_of(at.work) ? source_row(args, result_row(args, at.work, token)) : -1;
+            const i64 begin = at.work.batch * args.a_batch + source * args.a_row;
+            row[e] = source < 0 ? nullptr : reinterpret_cast<const u8*>(args.a) + begin * kRowValueBytes;
+        }
+    }
+    __device__ __forceinline__ int task(int e) const { return e * 32 * kTeam + id; }
+    __device__ __forceinline__ int token_of(int e) const { return task(e) % 8 + task(e) / (16 * kUnits) * 8; }
+    __device__ __forceinline__ int unit_of(int e) const { return task(e) / 8 % (2 * kUnits); }
+    __device__ __forceinline__ int value_of(int e) const { return unit_of(e) / kUnits * 4 * kValues + unit_of(e) % kUnits * 8; }
+    __device__ __forceinline__ u32 place_of(int e) const { return unit_of(e) * 4 * kCoreBytes + token_of(e) * 16; }
+    __device__ __forceinline__ bool whole(i32 k) const { return pieces && k + kStepValues <= args.k; }
+
+    // Task e of the whole step that begins at k, into registers and from there to shared memory.
+    __device__ __forceinline__ void load(Chunk (&c)[4], int e, i32 k) const {
+        const u8* p = row[e] + (k + value_of(e)) * kRowValueBytes;
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            c[t] = {};
+            if (row[e]) c[t] = kRowValueBytes == 2 ? load_global_16(p + t * kValues * 2) : load_global_8(p + t * kValues);
+        }
+    }
+    __device__ __forceinline__ void store(Chunk (&c)[4], int e, u32 to) const {
+        if (kTasks < 32 && id >= kTasks) return;
+#pragma unroll
+        for (int t = 0; t < 4; ++t) c[t] = pair_up(c[t]);
+#pragma unroll
+        for (int w = 0; w < 4; ++w)
+            store_shared_16(to + place_of(e) + w * kCoreBytes, c[0].word[w], c[1].word[w], c[2].word[w], c[3].word[w]);
+    }
+    // The last step, or values that cannot be read in pieces: one by one, zeros behind k.
+    __device__ __forceinline__ void move(i32 k, u32 to) const {
+        if (kTasks < 32 && id >= kTasks) return;
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) {
+#pragma unroll 1
+            for (int t = 0; t < 4; ++t) {
+                const i32 first = k + value_of(e) + t * kValues;
+                const Chunk c = pair_up(gather_values(row[e], first, row[e] ? smaller(args.k - first, 8) : 0, args.a_k));
+#pragma unroll
+                for (int w = 0; w < 4; ++w) store_shared_u32(to + place_of(e) + w * kCoreBytes + t * 4, c.word[w]);
+            }
+        }
+    }
+};
+
+__device__ __forceinline__ void produce(const Args& args, const Place& at, const Shared& shared, int warp, i32 turns) {
+    if (warp >= Producer::kTeams * Producer::kTeam) return;
+    const Producer producer(args, at, warp);
+    const u32 total = (X_STAGES ? turns : smaller(turns, 1)) * at.steps;
+    i32 step = warp / Producer::kTeam;  // of the tile
+    Chunk c[Producer::kEach][4];
+    const auto step_k = [&] {
+        while (step >= at.steps) step -= at.steps;
+        return (at.first_step + step) * kStepValues;
+    };
+    if (step >= total) return;
+    i32 k = step_k();
+#pragma unroll
+    for (int e = 0; e < Producer::kEach; ++e)
+        if (producer.whole(k)) producer.load(c[e], e, k);
+#pragma unroll 1
+    for (u32 number = warp / Producer::kTeam; number < total; number += Producer::kTeams) {
+        const u32 slot = shared.slot(number), to = shared.x + slot * kStepBytes;
+        if (X_STAGES && number >= X_STAGES) mbarrier_wait(shared.empty(slot), shared.parity(number) ^ 1);
+        const bool whole = producer.whole(k);
+        if (!whole) producer.move(k, to);
+        step += Producer::kTeams, k = step_k();
+        const bool more = number + Producer::kTeams < total && producer.whole(k);
+#pragma unroll
+        for (int e = 0; e < Producer::kEach; ++e) {
+            if (whole) producer.store(c[e], e, to);
+            if (more) producer.load(c[e], e, k);  // of the next step, while others multiply
+        }
+        fence_async_proxy();
+        __syncwarp();
+        if (at.lane == 0) mbarrier_arrive(shared.full(slot));
+    }
+}
+
+// Main loop -----------------------------------------------------------------------------------------------------------------------
+
+constexpr int kProducts = 2 * kUnits;  // of half a step
+using Fragments = u32[kProducts][ROW_BLOCKS][4];
+
+template <int kUnit>
+__device__ __forceinline__ void decode_units(Fragments& f, const Chunk (&raw)[ROW_BLOCKS * 2], const u32 (&scale)[ROW_BLOCKS * 2][2]) {
+    constexpr int kBlock = kScaleOfUnit<kUnit>;
+#pragma unroll
+    for (int i = 0; i < ROW_BLOCKS; ++i)
+        decode_fragments<kUnit>(raw[2 * i], raw[2 * i + 1], scale[2 * i][kBlock], scale[2 * i + 1][kBlock], f[2 * kUnit][i],
+                                f[2 * kUnit + 1][i]);
+    if constexpr (kUnit + 1 < kUnits) decode_units<kUnit + 1>(f, raw, scale);
+}
+
+// NOTE: the compiler takes registers for free that a product still reads, and copies sums ahead of the wait, unless they are used behind it.
+__device__ __forceinline__ void keep(const Fragments& f) {
+#pragma unroll
+    for (int i = 0; i < kProducts * ROW_BLOCKS * 4; ++i) wgmma_keep(f[i / (ROW_BLOCKS * 4)][i / 4 % ROW_BLOCKS][i % 4]);
+}
+__device__ __forceinline__ void keep(Sums& sum) {
+#pragma unroll
+    for (int i = 0; i < kTileParts * 4; ++i) wgmma_keep(sum[i / 4 / kTokenBlocks][i / 4 % kTokenBlocks][i % 4]);
+}
+
+// Begins the products of half a step; x: its rows of A.
+__device__ __forceinline__ void multiply(Sums& sum, const Fragments& f, u32 x) {
+    const u64 first = matrix_descriptor(x, kCoreBytes, 128);
+    wgmma_fence();
+#pragma unroll
+    for (int p = 0; p < kProducts; ++p) {
+        const u64 b = first + p * (2 * kCoreBytes / 16);
+#pragma unroll
+        for (int i = 0; i < ROW_BLOCKS; ++i) {
+            if constexpr (kComputeBf16)
+                wgmma_bf16(sum[i], f[p][i], b);
+            else
+                wgmma_fp16(sum[i], f[p][i], b);
+        }
+    }
+    wgmma_commit();
+}
+
+// Sums of one tile over this warpgroup's steps. `number`: of the tile's first step.
+__device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch& fetch, const Shared& shared, i32 tile, u32& stage,
+                                              u32 number) {
+    u32 nan[ROW_BLOCKS * 2] = {};
+    BlockScales block(fetch.args, at, tile);
+    Fragments f[2];
+#pragma unroll 1
+    for (i32 round = 0; round < at.rounds; ++round) {
+        copy_async_wait<STAGES - 2>();
+        __syncwarp();  // lanes read what others fetched, and all are done with the stage that is filled next
+        Chunk raw[2][ROW_BLOCKS * 2];
+        u32 scale[2][ROW_BLOCKS * 2][2] = {};
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+#pragma unroll
+            for (int i = 0; i < ROW_BLOCKS * 2; ++i)
+                raw[c][i] = load_shared_16(stage + (i * 8 + at.g) * 128 + at.t * 16 + (c ^ at.g % 2) * 64);
+            load_scales(scale[c], at, stage, c);
+        }
+        stage = stage == fetch.ring + (STAGES - 1) * kStageBytes ? fetch.ring : stage + kStageBytes;
+        fetch.next();
+        if constexpr (kLookForNan) {
+#pragma unroll
+            for (int i = 0; i < ROW_BLOCKS * 8; ++i) {
+                nan[i / 4] |= nan_codes(raw[0][i / 4].word[i % 4]);
+                nan[i / 4] |= nan_codes(raw[1][i / 4].word[i % 4]);
+            }
+        }
+        const i32 step = round * WARPS_K + at.warp_k;
+        if constexpr (SCALE_BLOCK != 0) block.load(fetch.args, at.first_step + step);
+        if (step >= at.steps) continue;  // other warpgroups, or CTAs, have one step more
+        const u32 slot = shared.slot(number + step);
+        const u32 x = shared.x + slot * kStepBytes;
+        Fragments f[2];
+        Sums part = {};
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            decode_units<0>(f[c], raw[c], scale[c]);  // while the half before is multiplied
+            if (c == 0) mbarrier_wait(shared.full(slot), shared.parity(number + step));
+            multiply(SCALE_BLOCK == 0 ? sum : part, f[c], x + c * kProducts * 2 * kCoreBytes);
+            if (c == 0 && kParts == 1) continue;
+            wgmma_wait<0>();
+            keep(f[0]);
+            if (c == 1) keep(f[1]);
+            if constexpr (SCALE_BLOCK == 0) {
+                keep(sum);
+            } else {
+                keep(part);
+                if (c == 1 && kParts == 2 && ((at.first_step + step) * 2 + 1) * SCALE_BLOCK >= fetch.args.k) break;  // no block, no scale
+                block.add(sum, part, c * (kParts - 1));
+            }
+        }
+        if (X_STAGES && at.lane == 0) mbarrier_arrive(shared.empty(slot));
+    }
+    if constexpr (kLookForNan) {
+#pragma unroll
+        for (int i = 0; i < ROW_BLOCKS * 2; ++i) {
+            nan[i] |= __shfl_xor_sync(~0u, nan[i], 1);  // of the row's four lanes
+            nan[i] |= __shfl_xor_sync(~0u, nan[i], 2);
+#pragma unroll
+            for (int j = 0; j < kTokenBlocks; ++j)
+                if (nan[i]) sum[i / 2][j][i % 2 * 2] = sum[i / 2][j][i % 2 * 2 + 1] = __uint_as_float(0x7FC00000u);
+        }
+    }
+}
+
+// Sums ----------------------------------------------------------------------------------------------------------------------------
+
+// Part q of the CTA's tile is stored by CTA q % SPLIT, whose warps take its parts in turn; or by the warp that summed it, if nobody else did.
+struct Mail {
+    const Shared& shared;
+    const Place& at;
+    int warp, rank;
+
+    __device__ __forceinline__ u32 letter(int q, int source) const {
+        return shared.mail + (q / SPLIT * kSources + source) * 512 + at.lane * 16;
+    }
+    static __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+        SPLIT > 1 ? mbarrier_wait_cluster(barrier, parity) : mbarrier_wait(barrier, parity);
+    }
+    __device__ __forceinline__ void send(const Sums& sum, i32 turn) const {
+        if (kSources > 1 && turn > 0) wait(shared.mail_empty(), turn % 2 ^ 1);
+#pragma unroll
+        for (int part = 0; part < kTileParts; ++part) {
+            const int q = at.group * kTileParts + part;
+            const float (&s)[4] = sum[part / kTokenBlocks][part % kTokenBlocks];
+            if constexpr (SPLIT > 1)
+                store_remote_16(letter(q, rank * WARPS_K + at.warp_k), q % SPLIT, s);
+            else
+                store_shared_16(letter(q, at.warp_k), __float_as_uint(s[0]), __float_as_uint(s[1]), __float_as_uint(s[2]),
+                                __float_as_uint(s[3]));
+        }
+        arrive(shared.mail_full());
+    }
+    __device__ __forceinline__ void arrive(u32 barrier) const {
+        if (kSources == 1) return;
+        __syncwarp();
+        if constexpr (SPLIT > 1) {
+            if (at.lane < SPLIT) mbarrier_arrive_remote(barrier, at.lane);
+        } else if (at.lane == 0) {
+            mbarrier_arrive(barrier);
+        }
+    }
+    // first: number of the first of the CTA's tiles of 16 * ROW_BLOCKS columns.
+    __device__ __forceinline__ void finish(const Args& args, i32 turn, i32 first) const {
+        if (kSources > 1) wait(shared.mail_full(), turn % 2);
+        const int begin = kSources > 1 ? warp * SPLIT + rank : at.group * kTileParts;
+        const int end = kSources > 1 ? 4 * kGroups * kTileParts : begin + kTileParts;
+#pragma unroll 1
+        for (int q = begin; q < end; q += kSources > 1 ? kConsumers * SPLIT : 1) {
+            const i32 tile = first + q / kTileParts;
+            if (tile >= at.tiles) continue;
+            Factors factors;
+            factors.load(args, at, tile, q % kTileParts);
+            float total[4] = {};
+            add_up(total, letter(q, 0), kSources, 512);
+            factors.store(args, at, tile, q % kTileParts, total);
+        }
+        arrive(shared.mail_empty());
+    }
+};
+
+// Kernel --------------------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void consume(const Args& args, const Place& at, const Shared& shared, int warp, int rank, i32 turns) {
+    Fetch fetch(args, at, shared.rings + warp * STAGES * kStageBytes);
+    const bool later = args.early == 1 || args.grouped != 0;
+    if (args.early == 1) fetch.prefetch();
+    if (later) wait_for_predecessor();
+#pragma unroll 1
+    for (int i = 0; i < STAGES - 1; ++i) fetch.next();
+    if (!later) wait_for_predecessor();
+    __syncthreads();  // barriers are there
+#if SPLIT > 1
+    cluster_wait();
+#endif
+    u32 stage = fetch.ring;
+    i32 tile = at.tile;
+#pragma unroll 1
+    for (i32 turn = 0; turn < turns; ++turn, tile += at.stride) {
+        Sums sum = {};
+        multiply_tile(sum, at, fetch, shared, tile, stage, X_STAGES ? turn * at.steps : 0);
+        const Mail mail{shared, at, warp, rank};
+        mail.send(sum, turn);
+        mail.finish(args, turn, tile - at.group);
+    }
+    copy_async_wait<0>();
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
+#if SPLIT > 1
+    __cluster_dims__(SPLIT, 1, 1)
+#endif
+        swap_ab(const __grid_constant__ Args args) {
+    extern __shared__ u8 shared_bytes[];
+    const int warp = threadIdx.x / 32, group = warp / 4, rank = SPLIT > 1 ? cluster_rank() : 0;
+    const i32 number = blockIdx.x / SPLIT;
+    const bool one = gridDim.x == args.clusters * SPLIT && args.grouped == 0;  // batch and piece: no divisions then
+    const i32 cluster = one ? number : number % args.clusters;
+    const i32 all = ceil_div(args.k, kStepValues), each = ceil_div(all, SPLIT);  // steps of a row; of a CTA
+    constexpr i32 kTiles = 4 * kGroups;                                          // of a CTA at once
+    Place at;
+    at.lane = threadIdx.x % 32, at.g = at.lane / 4, at.t = at.lane % 4;
+    at.warp_k = group % WARPS_K, at.group = group / WARPS_K * 4 + warp % 4;
+    at.first_step = rank * each, at.steps = larger(smaller(each, all - at.first_step), 0), at.rounds = ceil_div(each, WARPS_K);
+    at.work = one ? Work{0, args.m, 0, 0, 0, 0, 0, true} : rows_of(args, number / args.clusters);
+    at.tile = cluster * kTiles + at.group, at.tiles = at.work.any ? ceil_div(args.n, kRows) : 0, at.stride = args.clusters * kTiles;
+    const i32 turns = larger(0, ceil_div(ceil_div(at.tiles, kTiles) - cluster, args.clusters));
+    const Shared shared(shared_address(shared_bytes), each);
+    if (threadIdx.x == 32 * kConsumers) {
+        for (i32 slot = 0; slot < shared.x_stages; ++slot) {
+            mbarrier_init(shared.full(slot), Producer::kTeam);
+            mbarrier_init(shared.empty(slot), 4 * kGroups);
+        }
+        mbarrier_init(shared.mail_full(), SPLIT * kConsumers);
+        mbarrier_init(shared.mail_empty(), SPLIT * kConsumers);
+        mbarrier_init_done();
+    }
+#if SPLIT > 1
+    cluster_arrive();  // nobody writes to a CTA that has not begun
+#endif
+    if (warp < kConsumers) {
+        consume(args, at, shared, warp, rank, turns);
+    } else {
+        wait_for_predecessor();
+        __syncthreads();
+        produce(args, at, shared, warp - kConsumers, turns);
+#if SPLIT > 1
+        cluster_wait();
+#endif
+    }
+#if SPLIT > 1
+    cluster_arrive();  // nobody leaves while others write to it
+    cluster_wait();
+#endif
+}
