@@ -15,20 +15,27 @@
 
 constexpr int kConsumers = 4 * WARPGROUPS, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
 constexpr int kGroups = WARPGROUPS / WARPS_K;
-constexpr int kStepBytes = TOKENS * kStepValues * 2;   // of A
-constexpr int kCoreBytes = TOKENS * 16;                // 8 values of k of all tokens
-constexpr int kTileParts = ROW_BLOCKS * kTokenBlocks;  // of a warp's tile: 16 columns and 8 rows of D
-constexpr int kSources = SPLIT * WARPS_K;              // of the sums of each part
+constexpr int kCoreBytes = TOKENS * 16 + 16;              // 8 values along k of all tokens, and what spreads them over banks
+constexpr int kStepBytes = kStepValues / 8 * kCoreBytes;  // of A
+constexpr int kTileParts = ROW_BLOCKS * kTokenBlocks;     // of a warp's tile: 16 columns and 8 rows of D
+constexpr int kSources = SPLIT * WARPS_K;                 // of the sums of each part
 constexpr int kMail = (4 * kGroups * kTileParts + SPLIT - 1) / SPLIT * kSources * 512;
+// Registers of a thread: as many as a launch gives all of them, of which producers need few.
+constexpr int kGiven = smaller(248, 65536 / MIN_CTAS / kThreads / 8 * 8);
+constexpr int kCopyRegisters = WARPGROUPS * MIN_CTAS <= 2 ? 88 : WARPGROUPS * MIN_CTAS == 3 ? 80 : 64;
+constexpr int kMathRegisters = smaller(232, (kGiven * (WARPGROUPS + 1) - kCopyRegisters) / WARPGROUPS / 8 * 8);
+constexpr bool kMoveRegisters = kGiven < 248;
+static_assert(!kMoveRegisters || (kCopyRegisters <= kGiven && kMathRegisters >= kGiven));
 static_assert(TOKENS % 8 == 0 && WARPGROUPS % WARPS_K == 0);
 
 // Where things are in shared memory, and the steps of A in it.
 struct Shared {
-    u32 barriers, x, mail, rings;
+    u32 barriers, rows, x, mail, rings;
     i32 x_stages;
 
     __device__ __forceinline__ Shared(u32 first, i32 steps) : barriers(first), x_stages(X_STAGES ? X_STAGES : steps) {
-        x = first + (16 * x_stages + 16 + 127) / 128 * 128;
+        rows = first + 16 + 16 * x_stages;
+        x = (rows + 8 * TOKENS + 127) / 128 * 128;
         mail = x + x_stages * kStepBytes;
         rings = mail + kMail;
     }
@@ -43,65 +50,92 @@ struct Shared {
 
 // Rows of A -----------------------------------------------------------------------------------------------------------------------
 
-// A task is one unit of one token: 8 values from each of 4 chunks, which are 8 (k) x 4 values of the two products of the unit.
+// A warp copies whole lines of its tokens, as they are stored, to the places of what it will arrange. A task is one unit of one token: a
+// piece (8 values) of each of 4 chunks becomes 4 values of 8 (k) x 4 for the two products of the unit.
 struct Producer {
-    static constexpr int kTasks = TOKENS * 2 * kUnits;                                 // of a step
-    static constexpr int kTeam = kTasks <= 32 ? 1 : smaller(kTasks / 32, kProducers);  // warps that share one
-    static constexpr int kEach = larger(1, kTasks / (32 * kTeam));                     // tasks of a lane
+    static constexpr int kPieces = kStepValues / 8;  // of a token's step
+    static constexpr int kTeam =
+        smaller(kProducers, larger(1, kTokenBlocks* kUnits / 2) < kTokenBlocks ? larger(1, kTokenBlocks* kUnits / 2)
+                                                                               : kTokenBlocks);  // warps that share a step
+    static constexpr int kWarpTokens = TOKENS / kTeam;
+    static constexpr int kCopies = kWarpTokens * kPieces / 32, kCopyTokens = 32 / kPieces;   // of a lane, and tokens of each
+    static constexpr int kTasks = kWarpTokens * 2 * kUnits, kEach = larger(1, kTasks / 32);  // of a warp, and of a lane
     // Each slot has one team that fills it, and one warpgroup of WARPS_K that reads it: phases of one parity are never mistaken.
-    static constexpr int kTeams = smaller(kProducers / kTeam, X_STAGES % 4 == 0 ? 4 : X_STAGES % 2 == 0 ? 2 : 1);
-    static_assert(X_STAGES % WARPS_K == 0);
+    static constexpr int kTeams = smaller(kProducers / kTeam, X_STAGES == 0 || X_STAGES % 8 == 0 ? 4 : X_STAGES % 4 == 0 ? 2 : 1);
+    static constexpr int kAhead = X_STAGES ? X_STAGES / kTeams - 1 : 3;  // steps of a team under way
+    static_assert(X_STAGES % WARPS_K == 0 && kAhead > 0);
 
     const Args& args;
-    const u8* row[kEach];  // where tasks begin in the first step; null: no row
     bool pieces;
-    int id;
+    int lane, first;    // the warp's first token
+    u32 rows, place;    // where its copies find their rows, and the place of the first one
+    int unit, token;    // of the first task; token counts from `first`
+    u32 task, swapped;  // its place, and how far from its own places its first two pieces lie
 
-    __device__ __forceinline__ Producer(const Args& args, const Place& at, int warp) : args(args), id(warp % kTeam * 32 + at.lane) {
+    __device__ __forceinline__ Producer(const Args& args, const Place& at, const Shared& shared, int warp)
+        : args(args),
+          lane(at.lane),
+          first(warp % kTeam * kWarpTokens),
+          unit(lane / 8 % (2 * kUnits)),
+          token(lane % 8 + lane / (16 * kUnits) * 8) {
+        const int piece = lane % kPieces;
         pieces = args.a_k == 1 && args.k % 8 == 0 && (args.a | (args.a_row | at.work.batch * args.a_batch) * kRowValueBytes) % 16 == 0;
+        for (int token = lane; token < kWarpTokens; token += 32)
+            store_shared_u64(shared.rows + (first + token) * 8, reinterpret_cast<u64>(row_of(at, first + token)));
+        __syncwarp();
+        rows = shared.rows + (first + lane / kPieces) * 8;
+        // Pieces lie where the lane that arranges them expects those of chunk t, but for every second two units of four, which swap theirs:
+        // those of a line are in different banks then.
+        const int own = piece / (4 * kUnits) * kUnits + piece % kUnits, t = piece / kUnits % 4;
+        place = (own * 4 + (t ^ (kUnits == 4 ? own & 2 : 0))) * kCoreBytes + (first + lane / kPieces) * 16;
+        task = unit * 4 * kCoreBytes + (first + token) * 16;
+        swapped = kUnits == 4 && unit & 2 ? 2 * kCoreBytes : 0;
+    }
+    __device__ __forceinline__ const u8* row_of(const Place& at, int token) const {
+        const i32 source = token < tokens_of(at.work) ? source_row(args, result_row(args, at.work, token)) : -1;
+        const i64 begin = at.work.batch * args.a_batch + source * args.a_row;
+        return source < 0 ? nullptr : reinterpret_cast<const u8*>(args.a) + begin * kRowValueBytes;
+    }
+    // Task e of a lane: tokens vary first. Its unit and token are those of task 0, and so many more.
+    static constexpr int units_on(int e) { return e * 4 % (2 * kUnits); }
+    static constexpr int tokens_on(int e) { return e * 2 / kUnits * 8; }
+    __device__ __forceinline__ bool whole(i32 k) const { return pieces && k + kStepValues <= args.k; }
+    __device__ __forceinline__ bool idle() const { return kTasks < 32 && lane >= kTasks; }
+
+    // The whole step that begins at k.
+    __device__ __forceinline__ void fetch(i32 k, u32 to) const {
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) {
+            const u64 row = load_shared_u64(rows + i * kCopyTokens * 8);  // null: none, and whatever is multiplied there is not stored
+            const u8* p = reinterpret_cast<const u8*>(row) + (k + lane % kPieces * 8) * kRowValueBytes;
+            if (row) copy_async<8 * kRowValueBytes>(to + place + i * kCopyTokens * 16, p);
+        }
+    }
+    __device__ __forceinline__ void arrange(u32 to) const {
+        if (idle()) return;
 #pragma unroll
         for (int e = 0; e < kEach; ++e) {
-            const int token = token_of(e);
-            const i32 source = token < tokens_of(at.work) ? source_row(args, result_row(args, at.work, token)) : -1;
-            const i64 begin = at.work.batch * args.a_batch + source * args.a_row;
-            row[e] = source < 0 ? nullptr : reinterpret_cast<const u8*>(args.a) + begin * kRowValueBytes;
+            const u32 at = to + task + units_on(e) * 4 * kCoreBytes + tokens_on(e) * 16;
+            Chunk c[4];
+#pragma unroll
+            for (int t = 0; t < 4; ++t) c[t] = pair_up(load_shared_16((t < 2 ? at + swapped : at - swapped) + t * kCoreBytes));
+#pragma unroll
+            for (int w = 0; w < 4; ++w) store_shared_16(at + w * kCoreBytes, c[0].word[w], c[1].word[w], c[2].word[w], c[3].word[w]);
         }
-    }
-    __device__ __forceinline__ int task(int e) const { return e * 32 * kTeam + id; }
-    __device__ __forceinline__ int token_of(int e) const { return task(e) % 8 + task(e) / (16 * kUnits) * 8; }
-    __device__ __forceinline__ int unit_of(int e) const { return task(e) / 8 % (2 * kUnits); }
-    __device__ __forceinline__ int value_of(int e) const { return unit_of(e) / kUnits * 4 * kValues + unit_of(e) % kUnits * 8; }
-    __device__ __forceinline__ u32 place_of(int e) const { return unit_of(e) * 4 * kCoreBytes + token_of(e) * 16; }
-    __device__ __forceinline__ bool whole(i32 k) const { return pieces && k + kStepValues <= args.k; }
-
-    // Task e of the whole step that begins at k, into registers and from there to shared memory.
-    __device__ __forceinline__ void load(Chunk (&c)[4], int e, i32 k) const {
-        const u8* p = row[e] + (k + value_of(e)) * kRowValueBytes;
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-            c[t] = {};
-            if (row[e]) c[t] = kRowValueBytes == 2 ? load_global_16(p + t * kValues * 2) : load_global_8(p + t * kValues);
-        }
-    }
-    __device__ __forceinline__ void store(Chunk (&c)[4], int e, u32 to) const {
-        if (kTasks < 32 && id >= kTasks) return;
-#pragma unroll
-        for (int t = 0; t < 4; ++t) c[t] = pair_up(c[t]);
-#pragma unroll
-        for (int w = 0; w < 4; ++w)
-            store_shared_16(to + place_of(e) + w * kCoreBytes, c[0].word[w], c[1].word[w], c[2].word[w], c[3].word[w]);
     }
     // The last step, or values that cannot be read in pieces: one by one, zeros behind k.
-    __device__ __forceinline__ void move(i32 k, u32 to) const {
-        if (kTasks < 32 && id >= kTasks) return;
-#pragma unroll
+    __device__ __forceinline__ void move(const Place& at, i32 k, u32 to) const {
+        if (idle()) return;
+#pragma unroll 1
         for (int e = 0; e < kEach; ++e) {
+            const u8* row = row_of(at, first + token + tokens_on(e));
 #pragma unroll 1
             for (int t = 0; t < 4; ++t) {
-                const i32 first = k + value_of(e) + t * kValues;
-                const Chunk c = pair_up(gather_values(row[e], first, row[e] ? smaller(args.k - first, 8) : 0, args.a_k));
+                const i32 value = k + ((unit + units_on(e)) / kUnits * 4 + t) * kValues + (unit + units_on(e)) % kUnits * 8;
+                const Chunk c = pair_up(gather_values(row, value, row ? smaller(args.k - value, 8) : 0, args.a_k));
 #pragma unroll
-                for (int w = 0; w < 4; ++w) store_shared_u32(to + place_of(e) + w * kCoreBytes + t * 4, c.word[w]);
+                for (int w = 0; w < 4; ++w)
+                    store_shared_u32(to + task + (units_on(e) * 4 + w) * kCoreBytes + tokens_on(e) * 16 + t * 4, c.word[w]);
             }
         }
     }
@@ -109,36 +143,44 @@ struct Producer {
 
 __device__ __forceinline__ void produce(const Args& args, const Place& at, const Shared& shared, int warp, i32 turns) {
     if (warp >= Producer::kTeams * Producer::kTeam) return;
-    const Producer producer(args, at, warp);
+    const Producer producer(args, at, shared, warp);
     const u32 total = (X_STAGES ? turns : smaller(turns, 1)) * at.steps;
-    i32 step = warp / Producer::kTeam;  // of the tile
-    Chunk c[Producer::kEach][4];
-    const auto step_k = [&] {
+    const u32 first = warp / Producer::kTeam;
+    u32 ahead = first;  // the next step to be fetched, and where it begins
+    i32 step = first;
+    const auto begin = [&](i32& step) {
         while (step >= at.steps) step -= at.steps;
         return (at.first_step + step) * kStepValues;
     };
-    if (step >= total) return;
-    i32 k = step_k();
-#pragma unroll
-    for (int e = 0; e < Producer::kEach; ++e)
-        if (producer.whole(k)) producer.load(c[e], e, k);
-#pragma unroll 1
-    for (u32 number = warp / Producer::kTeam; number < total; number += Producer::kTeams) {
-        const u32 slot = shared.slot(number), to = shared.x + slot * kStepBytes;
-        if (X_STAGES && number >= X_STAGES) mbarrier_wait(shared.empty(slot), shared.parity(number) ^ 1);
-        const bool whole = producer.whole(k);
-        if (!whole) producer.move(k, to);
-        step += Producer::kTeams, k = step_k();
-        const bool more = number + Producer::kTeams < total && producer.whole(k);
-#pragma unroll
-        for (int e = 0; e < Producer::kEach; ++e) {
-            if (whole) producer.store(c[e], e, to);
-            if (more) producer.load(c[e], e, k);  // of the next step, while others multiply
+    const auto fetch = [&] {
+        if (ahead < total) {
+            const u32 slot = shared.slot(ahead);
+            if (X_STAGES && ahead >= X_STAGES) mbarrier_wait(shared.empty(slot), shared.parity(ahead) ^ 1);
+            const i32 k = begin(step);
+            if (producer.whole(k)) producer.fetch(k, shared.x + slot * kStepBytes);
+            ahead += Producer::kTeams, step += Producer::kTeams;
         }
+        copy_async_commit();
+    };
+#pragma unroll 1
+    for (int i = 0; i < Producer::kAhead; ++i) fetch();
+    i32 here = first;
+#pragma unroll 1
+    for (u32 number = first; number < total; number += Producer::kTeams, here += Producer::kTeams) {
+        const u32 slot = shared.slot(number), to = shared.x + slot * kStepBytes;
+        copy_async_wait<Producer::kAhead - 1>();
+        __syncwarp();  // lanes arrange what others copied
+        const i32 k = begin(here);
+        if (producer.whole(k))
+            producer.arrange(to);
+        else
+            producer.move(at, k, to);
         fence_async_proxy();
         __syncwarp();
         if (at.lane == 0) mbarrier_arrive(shared.full(slot));
+        fetch();
     }
+    copy_async_wait<0>();
 }
 
 // Main loop -----------------------------------------------------------------------------------------------------------------------
@@ -190,12 +232,11 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
     u32 nan[ROW_BLOCKS * 2] = {};
     BlockScales block(fetch.args, at, tile);
     Fragments f[2];
-#pragma unroll 1
-    for (i32 round = 0; round < at.rounds; ++round) {
+    Chunk raw[2][ROW_BLOCKS * 2];
+    u32 scale[2][ROW_BLOCKS * 2][2] = {};
+    const auto take = [&] {  // the next step, out of the ring
         copy_async_wait<STAGES - 2>();
         __syncwarp();  // lanes read what others fetched, and all are done with the stage that is filled next
-        Chunk raw[2][ROW_BLOCKS * 2];
-        u32 scale[2][ROW_BLOCKS * 2][2] = {};
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
 #pragma unroll
@@ -205,6 +246,10 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
         }
         stage = stage == fetch.ring + (STAGES - 1) * kStageBytes ? fetch.ring : stage + kStageBytes;
         fetch.next();
+    };
+    if (at.rounds > 0) take();
+#pragma unroll 1
+    for (i32 round = 0; round < at.rounds; ++round) {
         if constexpr (kLookForNan) {
 #pragma unroll
             for (int i = 0; i < ROW_BLOCKS * 8; ++i) {
@@ -213,11 +258,13 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
             }
         }
         const i32 step = round * WARPS_K + at.warp_k;
+        const bool more = round + 1 < at.rounds;
         if constexpr (SCALE_BLOCK != 0) block.load(fetch.args, at.first_step + step);
-        if (step >= at.steps) continue;  // other warpgroups, or CTAs, have one step more
-        const u32 slot = shared.slot(number + step);
-        const u32 x = shared.x + slot * kStepBytes;
-        Fragments f[2];
+        if (step >= at.steps) {  // other warpgroups, or CTAs, have one step more
+            if (more) take();
+            continue;
+        }
+        const u32 slot = shared.slot(number + step), x = shared.x + slot * kStepBytes;
         Sums part = {};
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
@@ -225,6 +272,7 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
             if (c == 0) mbarrier_wait(shared.full(slot), shared.parity(number + step));
             multiply(SCALE_BLOCK == 0 ? sum : part, f[c], x + c * kProducts * 2 * kCoreBytes);
             if (c == 0 && kParts == 1) continue;
+            if (c == 1 && more) take();
             wgmma_wait<0>();
             keep(f[0]);
             if (c == 1) keep(f[1]);
@@ -366,8 +414,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
     cluster_arrive();  // nobody writes to a CTA that has not begun
 #endif
     if (warp < kConsumers) {
+        if (kMoveRegisters) more_registers<kMathRegisters>();
         consume(args, at, shared, warp, rank, turns);
     } else {
+        if (kMoveRegisters) fewer_registers<kCopyRegisters>();
         wait_for_predecessor();
         __syncthreads();
         produce(args, at, shared, warp - kConsumers, turns);
