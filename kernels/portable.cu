@@ -17,6 +17,7 @@
 // (its segments start unaligned), block bytes beside values contiguous along m or n with VECTOR, blocks of fewer than 32 k with floats.
 // Learned from: the multistage pipeline of CUTLASS's sm_80 mainloop, gau-nernst's learn-cuda (swizzle, register double buffer).
 #include "common/args.cuh"
+#include "common/delay.cuh"
 #include "common/epilogue.cuh"
 #include "common/loaders.cuh"
 #include "common/numbers.cuh"
@@ -245,6 +246,7 @@ __device__ __forceinline__ void main_loop(Accumulator& sum, const Args& args, co
     int current = 0;
     for (i32 t = begin; t < end; ++t) {
         copy_async_wait<STAGES - 2>();
+        delay();
         __syncthreads();  // tile t is complete, and everybody is done with the stage of tile t - 1
         const int next = current + 1 == STAGES ? 0 : current + 1, previous = current == 0 ? STAGES - 1 : current - 1;
         const u32 stage = stages + current * kStageBytes, next_stage = stages + next * kStageBytes;
@@ -403,7 +405,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinCtas)
     const Place place;
     Accumulator sum = {};
     main_loop(sum, args, work, a, b, place, shared_address(shared_bytes), rank);
+    delay();
     __syncthreads();  // every warp has read its last stage
+    delay();
     put_sums(sum, place, reinterpret_cast<float*>(shared_bytes));
 #if SPLIT > 1
     cluster_arrive();
@@ -411,6 +415,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinCtas)
 #else
     __syncthreads();
 #endif
+    delay();
     store_result(args, work, a, shared_address(shared_bytes), rank);
 #if SPLIT > 1
     cluster_arrive();  // the others still read

@@ -99,6 +99,7 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
 #pragma unroll 1
     for (i32 round = 0; round < at.rounds; ++round) {
         copy_async_wait<STAGES - 2>();
+        delay();
         __syncwarp();  // lanes read what others fetched, and all are done with the stage that is filled next
         Chunk raw[2][ROW_BLOCKS * 2];
         u32 scale[2][ROW_BLOCKS * 2][2] = {};
@@ -158,6 +159,7 @@ __device__ __forceinline__ void finish_turns(const Args& args, const Place& at, 
     Factors factors;
     if (mine) factors.load(args, at, tile, at.warp_k);
     cluster_wait();
+    delay();
     for (int part = at.warp_k; mine && part < ROW_BLOCKS * kTokenBlocks; part += WARPS_K) {
         if (part != at.warp_k) factors.load(args, at, tile, part);
         float total[4] = {};
@@ -190,6 +192,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
               mail = sums + (WARPS_K > 1 ? 2 * WARPS * kSumBytes : 0), rings = mail + (SPLIT > 1 ? 2 * SPLIT * kGroups * kSumBytes : 0);
     Fetch fetch(args, at, rings + warp * STAGES * kStageBytes);
 #if SPLIT > 1
+    delay();
     cluster_arrive();  // nobody writes to a CTA that has not begun
 #endif
     const Activations x(at, activations);
@@ -211,6 +214,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
     else
         copy_async_wait<STAGES - 2>();
     x.finish();
+    delay();
     __syncthreads();
 
     u32 stage = fetch.ring;
@@ -233,7 +237,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
                 store_shared_16(place + at.warp_k * kSumBytes + part * 512, __float_as_uint(s[0]), __float_as_uint(s[1]),
                                 __float_as_uint(s[2]), __float_as_uint(s[3]));
             }
+            delay();
             barrier_sync(1 + at.group, 32 * WARPS_K);
+            delay();
         }
 #pragma unroll
         for (int part = 0; part < ROW_BLOCKS * kTokenBlocks; ++part) {
@@ -244,6 +250,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
             else
                 for (int v = 0; v < 4; ++v) total[v] = sum[part / kTokenBlocks][part % kTokenBlocks][v];
 #if SPLIT > 1
+            delay();
             store_remote_16(letters(mail, at, turn / SPLIT, rank) + part * 512, turn % SPLIT, total);
 #else
             if (part >= WARPS_K) factors.load(args, at, tile, part);

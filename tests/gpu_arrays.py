@@ -12,6 +12,7 @@ import numpy as np
 import oracles
 
 from cugemm import arch, launch, select
+from cugemm.catalog import gemm
 
 Array = np.ndarray[Any, Any]
 
@@ -150,4 +151,17 @@ def planned(tile: int | None = None, target: str = "native") -> Iterator[None]:
         yield
     finally:
         select.choose, launch.machine = choose, machine
+        forget()
+
+
+@contextmanager
+def delayed(seed: int) -> Iterator[None]:
+    """Inside, products are builds whose warps sleep now and then, another pattern for each seed (kernels/common/delay.cuh)."""
+    step = gemm.Step
+    forget()
+    gemm.Step = lambda source, defines, *rest: step(source, (*defines, ("DELAY", seed)), *rest)
+    try:
+        yield
+    finally:
+        gemm.Step = step
         forget()

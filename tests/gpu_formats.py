@@ -56,21 +56,31 @@ def is_rehearsal() -> bool:
     return launch._recorder.calls is not None
 
 
-def warmed(*runs: Callable[[], Any]) -> int:
-    """Record what `runs` would launch and compile it, many cubins at once; how many there are. Later the same runs find them."""
+def jobs(*runs: Callable[[], Any]) -> dict[Any, compile.Job]:
+    """The cubins of what `runs` would launch, each once."""
     with launch.recording() as calls:
         for run in runs:
             run()
-    jobs = {}
+    found = {}
     for recorded in calls:
         if recorded.choice is not None:
             best, target = recorded.choice.best, recorded.choice.problem.arch
             for step in best.kernel.steps(recorded.call, best.config):
                 if isinstance(step, Step):
-                    jobs[step.source, step.defines, target] = compile.Job(step.source, arch.get(target), dict(step.defines))
+                    found[step.source, step.defines, target] = compile.Job(step.source, arch.get(target), dict(step.defines))
+    return found
+
+
+def compiled(found: dict[Any, compile.Job]) -> int:
+    """Compile many cubins at once; how many there are."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job: compile.cubin(*job), jobs.values()))
-    return len(jobs)
+        list(pool.map(lambda job: compile.cubin(*job), found.values()))
+    return len(found)
+
+
+def warmed(*runs: Callable[[], Any]) -> int:
+    """Record what `runs` would launch and compile it; how many cubins there are. Later the same runs find them."""
+    return compiled(jobs(*runs))
 
 
 def operand(dev: Any, x: Operand, layout: str = "row", scale_layout: str = "linear", strided_scale: bool = False) -> Any:

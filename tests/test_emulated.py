@@ -13,6 +13,7 @@ import oracles
 import pytest
 from emulated import emulated as emulate
 from format_oracles import Operand
+from gpu_arrays import delayed
 from grouped_cases import ENTRIES, MATMULS, Framework
 from oracles import Array
 
@@ -146,6 +147,24 @@ def test_rows_and_tiles() -> None:
         with emulate() as ran:
             oracles.check_bits(call(), expected)
         assert len(ran) == 1
+
+
+@pytest.mark.parametrize("tile", [0, -1])
+@pytest.mark.parametrize("kernel", ["skinny", "portable"])
+def test_delays_change_no_bit(kernel: str, tile: int) -> None:
+    """Fibers that give way inside `delay()`, alone and with CTAs that cut k; the GPU's test is in test_gpu_races."""
+    rng = np.random.default_rng(tile + 1)
+    x, w = (rng.standard_normal((rows, 1056), np.float32).astype(oracles.dtype_of("bfloat16")) for rows in (8, 72))
+    with emulate(tile=tile):
+        wanted = cugemm.linear(x, w, out_dtype="float32", backend=kernel)
+    built = emulated._library.cache_info().misses
+    for seed in range(2):
+        out = oracles.poison((8, 72), "float32")
+        with delayed(5), emulate(tile=tile, seed=seed, eager=seed == 1) as ran:
+            cugemm.linear(x, w, out=out, out_dtype="float32", backend=kernel)
+        assert ran == [kernel]
+        oracles.check_bits(out, wanted, f"seed {seed}")
+    assert emulated._library.cache_info().misses == built + 1, "a build of its own"
 
 
 # --- the emulator finds what it is there for --------------------------------------------------------------------------------------------

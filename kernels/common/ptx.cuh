@@ -251,6 +251,12 @@ __device__ __forceinline__ void barrier_sync(int number, int threads) {  // of s
 __device__ __forceinline__ void wait_for_predecessor() {
     asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
 }
+__device__ __forceinline__ u32 clock_cycles() {  // of this SM, modulo 2^32
+    u32 cycles;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(cycles));
+    return cycles;
+}
+__device__ __forceinline__ void sleep_ns(u32 ns) { asm volatile("nanosleep.u32 %0;" ::"r"(ns)); }  // no longer than twice that
 __device__ __forceinline__ u32 cluster_rank() {
     u32 r;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));

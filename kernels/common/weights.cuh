@@ -8,6 +8,7 @@
 // that take the steps of a tile in turn), which this header reads.
 #pragma once
 #include "common/args.cuh"
+#include "common/delay.cuh"
 #include "common/schedule.cuh"
 
 constexpr int kRows = 16 * ROW_BLOCKS;                                                   // of a tile: columns of D
@@ -180,6 +181,7 @@ struct Fetch {
         for (int j = 0; j < ROW_BLOCKS * 4; ++j, p = below(p, j - 1)) prefetch_l2(p);
     }
     __device__ __forceinline__ void next() {
+        delay();
         if (tile < at.tiles) {
             const i32 step = round * WARPS_K + at.warp_k;  // of this CTA
             const i32 left = step < at.steps ? row_bytes - (at.first_step + step) * 128 : 0;

@@ -140,6 +140,10 @@ inline void wait(Barrier& barrier, unsigned count) {
     }
     while (barrier.generation == generation) swapcontext(&self->context, &scheduler);
 }
+inline void let_others_run() {
+    ++progress;
+    swapcontext(&self->context, &scheduler);
+}
 inline void arrive() {
     self->arrived = cluster.generation;
     if (++cluster.arrived == threads * ctas) cluster.arrived = 0, ++cluster.generation, ++progress;

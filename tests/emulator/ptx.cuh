@@ -265,6 +265,11 @@ inline u32 load_shared_u8(u32 p) { return *emulator::at(p, 1); }
 inline void store_shared_u32(u32 p, u32 v) { emulator::store(p, &v, 4); }
 inline void store_shared_u64(u32 p, u64 v) { emulator::store(p, &v, 8); }
 inline void wait_for_predecessor() { emulator::wait_for_predecessor(); }
+inline u32 clock_cycles() { return emulator::random(); }
+inline void sleep_ns(u32 ns) {  // one lane holds up its warp: the longest of 32 would be the same everywhere
+    if (emulator::lane() == 0)
+        for (; ns >= 32; ns -= 32) emulator::let_others_run();
+}
 inline u32 cluster_rank() { return emulator::self->cta; }
 inline void store_remote_16(u32 shared, u32 rank, const float (&x)[4]) {
     emulator::at(shared, 16);
