@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cugemm import arch, bench, calls, cases, compile, demo, driver, info, records
+from cugemm import arch, bench, bench_host, calls, cases, compile, demo, driver, info, records
 from cugemm.arrays import HOST
 from cugemm.errors import CudaError
 from cugemm.formats import FORMATS
@@ -222,7 +222,7 @@ def _bench(options: argparse.Namespace) -> None:
         raise ValueError("there is no GPU to measure; --table FILE prints recorded runs.")
     document = records.new_document()
     if options.host or options.cold:
-        document["rows"] += (bench.host_rows() if options.host else []) + (bench.first_calls() if options.cold else [])
+        document["rows"] += (bench_host.host_rows() if options.host else []) + (bench_host.first_calls() if options.cold else [])
         _keep(document, options.json)
     else:
         _bench_gpu(options, document)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cugemm import cases, compile, driver, info, launch
+from cugemm.cases import Case
+from cugemm.errors import NoKernelError
 from cugemm.formats import FORMATS
 
 Row = dict[str, Any]
@@ -110,6 +112,39 @@ def load(path: Path) -> Document:
     if wrong:
         raise ValueError(f"{path} is not a benchmark document: {'; '.join(wrong[:5])}.")
     return document
+
+
+# Rows
+
+
+def product(case: Case, m: int, n: int, k: int) -> Row:
+    return named(case.op, case.format, (m, n, k), 1, functools.partial(cases.record, case, m, n, k, 0))
+
+
+def named(op: str, name: str, shape: tuple[int, int, int], groups: int, record: Callable[[], list[launch.Recorded]]) -> Row:
+    """The part of a row that says what was measured; the kernel is that of the last recorded call."""
+    try:
+        kernel = ": ".join(cases.chosen(record()[-1]))
+    except NoKernelError:
+        kernel = "none"
+    m, n, k = shape
+    return {"op": op, "format": name, "m": m, "n": n, "k": k, "groups": groups, "kernel": kernel}
+
+
+def row(product: Row, note: str = "", **measured: Any) -> Row:
+    """What was measured, and times: to a hundredth of a microsecond, peers only where there is a time."""
+    return {**product, **{name: _rounded(value) for name, value in measured.items()}, **({"note": note} if note else {})}
+
+
+def _rounded(time: Any) -> Any:
+    if isinstance(time, Mapping):
+        return {name: _rounded(us) for name, us in time.items() if us is not None}
+    return None if time is None else round(float(time), 2)
+
+
+def reason(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0][:200]}"
 
 
 # Tables

@@ -23,14 +23,15 @@ ROOMS = (
     {"compile", "tensormap", "packed", "launch"},
     {"plan"},
     {"api"},
-    {"", "gemm", "adapters", "layers", "checkpoints", "tune", "cases", "calls", "measure", "records", "bench", "demo", "info", "__main__"},
+    {"", "gemm", "adapters", "layers", "checkpoints", "tune"}
+    | {"cases", "calls", "measure", "records", "bench", "bench_host", "demo", "info", "__main__"},
 )
 """Rooms of the package, leaves first: a module imports from its own row and the rows above it. "" is cugemm/__init__.py."""
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 UPWARD = {("arrays", "adapters"), ("launch", "adapters")}
 """Allowed inside functions: the adapter of a framework is imported when its first array arrives."""
 FRAMEWORKS = {"torch", "jax", "jaxlib"}
-MEASURE_FRAMEWORKS = {"bench", "cases", "measure"}
+MEASURE_FRAMEWORKS = {"bench", "bench_host", "cases", "measure"}
 """They run torch beside us."""
 NAME_FRAMEWORKS = {"arrays", "adapters", "info"} | MEASURE_FRAMEWORKS
 
