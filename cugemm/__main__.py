@@ -195,7 +195,7 @@ def _bench_options(command: argparse.ArgumentParser) -> None:
         "--preset",
         choices=tuple(cases.PRESETS),
         help="of products: baselines is the published set, formats has every format on a few shapes, decode is what one step of "
-        f"{cases.DECODE.name} multiplies, quick (the default) is the smallest",
+        f"{cases.DECODE.name} multiplies, batch_invariant what batch_invariant=True costs there, quick (the default) is the smallest",
     )
     command.add_argument(
         "--chain",
@@ -259,7 +259,8 @@ def _to_measure(options: argparse.Namespace, machine: bench.Bench, until: float)
         shapes, layer = tuple((m, n, k) for n, k in options.shapes for m in options.m), None
     turns = options.chain or (layer and layer.turns)
     if turns is None:
-        return len(shapes), machine.rows(shapes, formats, until)
+        rows = machine.invariant_rows if preset.batch_invariant else machine.rows
+        return len(shapes), rows(shapes, formats, until)
     chains = [(layer._replace(turns=turns) if layer else cases.Chain("", ((n, k),), turns), m) for m, n, k in shapes]
     return len(chains), machine.chain_rows(chains, formats, until)
 

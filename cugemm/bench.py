@@ -63,6 +63,34 @@ class Bench:
         peak = measure.peak_tflops(self._target, self._info, cases.operand_bits(case))
         return max(cases.traffic(case, m, n, k) / self.read_gbs / 1e3, cases.flops(m, n, k) / peak / 1e6)
 
+    def invariant_rows(self, shapes: Iterable[tuple[int, int, int]], formats: Sequence[str], until: float) -> Iterator[list[Row]]:
+        """Rows of each (m, n, k), as `rows`, with batch_invariant=True; their baseline "cugemm" is the same product without."""
+        chosen = [cases.case(name) for name in formats]
+        return _each(functools.partial(self._invariant, chosen), shapes, until)
+
+    def _invariant(self, chosen: Sequence[Case], m: int, n: int, k: int) -> list[Row]:
+        made: dict[str, Callable[[], measure.Graph]] = {}
+        for case in chosen:
+            size = cases.traffic(case, m, n, k)
+            made[f"{case.format}, batch_invariant"] = functools.partial(self._ours, case, m, n, k, True)
+            made[case.format] = functools.partial(self._ours, case, m, n, k)
+            made[f"stream {size}"] = functools.partial(self._read, size)
+        times, notes = _in_turns(made)
+        rows = []
+        for case in chosen:
+            names = f"{case.format}, batch_invariant", case.format, f"stream {cases.traffic(case, m, n, k)}"
+            us, plain, stream = map(times.get, names)
+            product = records.named(
+                "batch_invariant", case.format, (m, n, k), 1, functools.partial(cases.record, case, m, n, k, 0, batch_invariant=True)
+            )
+            rows.append(
+                records.row(
+                    product, us=us, floor_us=self._floor(case, m, n, k), stream_us=stream, baselines={"cugemm": plain},
+                    note=_note("", names, notes),
+                )
+            )  # fmt: skip
+        return rows
+
     def chain_rows(self, chains: Iterable[tuple[Chain, int]], formats: Sequence[str], until: float) -> Iterator[list[Row]]:
         """Rows of each (chain, m), as `rows`, in microseconds of one turn: for each format one, and one with launches that overlap."""
         chosen = [cases.case(name) for name in formats]
@@ -181,12 +209,13 @@ class Bench:
     def _copies(self, weight_bytes: int) -> int:
         return measure.copies_for(weight_bytes, self._info.l2_bytes)
 
-    def _ours(self, case: Case, m: int, n: int, k: int) -> measure.Graph:
+    def _ours(self, case: Case, m: int, n: int, k: int, batch_invariant: bool = False) -> measure.Graph:
         copies = self._copies(n * k * (1 if case.weights else 2))
         a = case.activation(self._values((m, k), case.dtype, 0))
         weights = [case.weight(self._values((n, k), case.dtype, i + 1)) for i in range(copies)]
-        out = case.product(a, weights[0])
-        return measure.graph(measure.CupyGraph, lambda i: case.product(a, weights[i % copies], out), copies)
+        product = functools.partial(case.product, batch_invariant=batch_invariant)
+        out = product(a, weights[0])
+        return measure.graph(measure.CupyGraph, lambda i: product(a, weights[i % copies], out), copies)
 
     def _chain(self, chain: Chain, case: Case, m: int, overlap: bool) -> measure.Graph:
         copies = self._chain_copies(chain, 1 if case.weights else 2)

@@ -41,12 +41,12 @@ class Case(NamedTuple):
     def weight(self, w: Any) -> Any:
         return w if self.weights is None else quantize(w, self.weights)
 
-    def product(self, a: Any, b: Any, out: Any = None) -> Any:
-        """x @ w.T of what `activation` and `weight` returned."""
+    def product(self, a: Any, b: Any, out: Any = None, *, batch_invariant: bool = False) -> Any:
+        """x @ w.T of what `activation` and `weight` returned; by `linear`, which can always do so, if batch_invariant."""
+        if self.op == "linear" or batch_invariant:
+            return linear(a, b, out=out, batch_invariant=batch_invariant)
         if self.op == "gemm_fp8_nt_groupwise":
             return gemm.gemm_fp8_nt_groupwise(a, b, None, None, "K", out=out)
-        if self.op == "linear":
-            return linear(a, b, out=out)
         return getattr(gemm, self.op)(a, b.T, out=out)
 
     def link(self, a: Any, b: Any, out: Any = None, *, overlap: bool = False) -> Any:
@@ -112,6 +112,7 @@ class Preset(NamedTuple):
     shapes: tuple[tuple[int, int, int], ...]  # (m, n, k)
     formats: tuple[str, ...]
     chain: Chain | None = None  # what each shape is the whole of
+    batch_invariant: bool = False  # beside the same without
 
 
 PRESETS = {
@@ -127,6 +128,9 @@ PRESETS = {
         ((4096, 4096, 4096), *((m, n, k) for n, k in ((7168, 2048), (28672, 4096)) for m in (1, 16, 128))), ("bf16", "fp8_row", "fp8_block")
     ),
     "decode": Preset(tuple((m, *DECODE.whole) for m in (1, 8, 32)), ("bf16", "w8a16_fp8", "fp8_tensor", "w4a16_nvfp4"), DECODE),
+    "batch_invariant": Preset(
+        tuple((m, n, k) for n, k in DECODE.sizes for m in (1, 16, 64)), ("bf16", "fp8_tensor", "w4a16_nvfp4"), batch_invariant=True
+    ),
 }
 
 
@@ -237,11 +241,11 @@ def operand_bits(case: Case) -> int:
 # What would run, without running it
 
 
-def record(case: Case, m: int, n: int, k: int, device: int = HOST) -> list[launch.Recorded]:
+def record(case: Case, m: int, n: int, k: int, device: int = HOST, batch_invariant: bool = False) -> list[launch.Recorded]:
     """The calls of a case, quantisation included. On the host nothing is chosen: `choose` then plans for any arch, so no GPU is needed."""
     x, w = Spec((m, k), case.dtype, device=device), Spec((n, k), case.dtype, device=device)
     with launch.recording() as calls:
-        case.product(case.activation(x), case.weight(w))
+        case.product(case.activation(x), case.weight(w), batch_invariant=batch_invariant)
     return calls
 
 

@@ -222,13 +222,30 @@ def layer_table(rows: Sequence[Row]) -> str:
     return markdown(header, lines)
 
 
+def invariant_table(rows: Sequence[Row]) -> str:
+    """What batch_invariant=True costs."""
+    header = ("n x k", "m", "format", "us", "batch_invariant us", "cost", "stream us", "floor us", "kernel if batch_invariant")
+    lines = []
+    for row in rows:
+        plain = row["baselines"].get("cugemm")
+        cost = f"{row['us'] / plain:.2f}x" if plain and row["us"] else "-"
+        lines.append(
+            (
+                f"{row['n']} x {row['k']}", str(row["m"]), row["format"], _shown(plain), _shown(row["us"]), cost, _shown(row["stream_us"]),
+                _shown(row["floor_us"]), row["kernel"],
+            )
+        )  # fmt: skip
+    return markdown(header, lines)
+
+
 OTHERS: dict[str, Callable[[Sequence[Row]], str]] = {
     "chain": functools.partial(product_table, formats=True),
     "decode": functools.partial(product_table, formats=True),
+    "batch_invariant": invariant_table,
     "quantize": quantiser_table,
     "moe": layer_table,
 }
-"""Operations that are no single product, and their tables."""
+"""Rows that are no product beside its peers, and their tables."""
 
 
 def _host_table(rows: Sequence[Row]) -> str:

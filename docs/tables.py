@@ -1,4 +1,4 @@
-"""The generated parts of README.md: what the kernels accept, and recorded times.
+"""The generated parts of README.md, what the kernels accept and recorded times, and of docs/numerics.md what batch_invariant costs.
 
 python docs/tables.py            rewrite them
 python docs/tables.py --check    exit with 1 if they differ from what would be written
@@ -85,13 +85,24 @@ def benchmarks() -> str:
             header = ("format", "m", "n x k", "us", "stream us", "floor us", "peers, us")
             tables.append(records.markdown(header, _times(sorted(products, key=lambda row: (row["n"], row["k"], row["m"])))))
         for op, table in records.OTHERS.items():
-            own = [row for row in rows if row["op"] == op and row["m"] in OTHER_ROWS[op]]
+            own = [row for row in rows if row["op"] == op and row["m"] in OTHER_ROWS.get(op, ())]
             if own:
                 tables.append(table(own))
         if tables:
-            told = f"{document['gpu']}, driver {document['driver']}, {document['date']}, commit {document['commit']}:"
-            parts += [told, *tables]
+            parts += [_told(document), *tables]
     return "\n\n".join(parts) or "No recorded run yet."
+
+
+def _told(document: records.Document) -> str:
+    return f"{document['gpu']}, driver {document['driver']}, {document['date']}, commit {document['commit']}:"
+
+
+def batch_invariant() -> str:
+    path = ROOT / "docs" / "benchmarks" / "bench_h100_batch_invariant.json"
+    if not path.exists():
+        return "No recorded run yet."
+    document = records.load(path)
+    return f"{_told(document)}\n\n{records.invariant_table(document['rows'])}"
 
 
 def _times(rows: list[Row]) -> Iterator[tuple[str, ...]]:
@@ -101,30 +112,31 @@ def _times(rows: list[Row]) -> Iterator[tuple[str, ...]]:
         yield row["format"], str(row["m"]), f"{row['n']} x {row['k']}", f"{row['us']:.1f}", stream, f"{row['floor_us']:.1f}", peers
 
 
-SECTIONS = {"support": support, "benchmarks": benchmarks}
+PAGES = {"README.md": {"support": support, "benchmarks": benchmarks}, "docs/numerics.md": {"batch_invariant": batch_invariant}}
 
 
-def filled(text: str) -> str:
+def filled(text: str, page: str = "README.md") -> str:
     """`text` with every section between its marker comments generated anew."""
-    for name, generate in SECTIONS.items():
+    for name, generate in PAGES[page].items():
         between = re.compile(rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)", re.DOTALL)
         section = f"\n{generate()}\n\n"
         text, count = between.subn(lambda match, section=section: match[1] + section + match[2], text)
         if count != 1:
-            raise ValueError(f"README.md has {count} sections <!-- {name}: begin --> ... <!-- {name}: end -->; wanted 1.")
+            raise ValueError(f"{page} has {count} sections <!-- {name}: begin --> ... <!-- {name}: end -->; wanted 1.")
     return text
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    new = filled(text)
-    if "--check" in sys.argv[1:]:
-        if new != text:
-            print("README.md differs from what is generated; run python docs/tables.py", file=sys.stderr)
-        return int(new != text)
-    path.write_text(new, encoding="utf-8")
-    return 0
+    differ = 0
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        new = filled(text, page)
+        if "--check" not in sys.argv[1:]:
+            (ROOT / page).write_text(new, encoding="utf-8")
+        elif new != text:
+            print(f"{page} differs from what is generated; run python docs/tables.py", file=sys.stderr)
+            differ = 1
+    return differ
 
 
 if __name__ == "__main__":

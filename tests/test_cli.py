@@ -895,6 +895,25 @@ def test_no_shape_is_begun_when_time_is_over(fake_bench: bench.Bench) -> None:
     assert list(fake_bench.layer_rows([(cases.LAYERS[0], 1)], ["bf16"], until=-1.0)) == []
 
 
+def test_batch_invariance_stands_beside_the_plain_product(fake_bench: bench.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.Bench, "_ours", lambda self, case, m, n, k, invariant=False: FakeGraph([120.0 if invariant else 100.0]))
+    (rows,) = fake_bench.invariant_rows([(16, 11008, 4096)], ["bf16", "fp8_block"], until=float("inf"))
+    size = 2 * 16 * 4096 + 2 * 11008 * 4096 + 2 * 16 * 11008
+    assert rows[0] == {
+        "op": "batch_invariant", "format": "bf16", "m": 16, "n": 11008, "k": 4096, "groups": 1, "kernel": "portable: tile", "us": 120.0,
+        "floor_us": round(size / 3110e3, 2), "stream_us": 50.0, "baselines": {"cugemm": 100.0},
+    }  # fmt: skip
+    assert records.validate(document(*rows)) == []
+    assert "| 11008 x 4096 | 16 | fp8_block | 100.0 | 120.0 | 1.20x | 50.0 |" in records.table([document(*rows)])
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_every_case_can_be_batch_invariant(name: str) -> None:
+    plain, invariant = (cases.record(cases.case(name), 16, 256, 512, batch_invariant=flag)[-1].call.problem for flag in (False, True))
+    assert invariant.batch_invariant
+    assert invariant._replace(accumulate=plain.accumulate) == plain._replace(batch_invariant=True)
+
+
 def test_a_chain_is_a_row_without_and_one_with_overlap(fake_bench: bench.Bench, tmp_path: Path, capsys: Any) -> None:
     (rows,) = fake_bench.chain_rows([(cases.Chain("", ((11008, 4096),), 64), 16)], ["bf16", "fp8_row"], until=float("inf"))
     size = 2 * 16 * 4096 + 2 * 11008 * 4096 + 2 * 16 * 11008
@@ -990,12 +1009,16 @@ def test_weights_of_a_chain_rotate(host_bench: Any) -> None:
         (["--preset", "decode"], [(cases.DECODE, m) for m in (1, 8, 32)]),
         (["--preset", "decode", "--chain", "2"], [(cases.DECODE._replace(turns=2), m) for m in (1, 8, 32)]),
         (["--preset", "decode", "--shapes", "128x64", "--m", "3"], [(3, 128, 64)]),
+        (["--preset", "batch_invariant"], ["invariant", *((m, n, k) for n, k in cases.DECODE.sizes for m in (1, 16, 64))]),
+        (["--preset", "batch_invariant", "--shapes", "128x64", "--m", "3"], ["invariant", (3, 128, 64)]),
     ],
 )
 def test_what_is_measured(arguments: list[str], wanted: list[Any]) -> None:
-    machine = SimpleNamespace(rows=lambda shapes, *_: shapes, chain_rows=lambda chains, *_: chains)
+    machine = SimpleNamespace(
+        rows=lambda shapes, *_: shapes, chain_rows=lambda chains, *_: chains, invariant_rows=lambda shapes, *_: ("invariant", *shapes)
+    )  # fmt: skip
     total, shapes = cli._to_measure(cli._parser().parse_args(["bench", *arguments]), machine, 0.0)
-    assert (total, list(shapes)) == (len(wanted), wanted)
+    assert (total, list(shapes)) == (len(wanted) - ("invariant" in wanted), wanted)
 
 
 def test_quantisers_stand_beside_a_copy(fake_bench: bench.Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:

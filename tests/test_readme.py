@@ -62,7 +62,30 @@ def test_readme_example_runs(name: str) -> None:
 
 def test_generated_sections_are_current() -> None:
     tables = load(ROOT / "docs" / "tables.py")
-    assert tables.filled(README) == README, "run python docs/tables.py"
+    for page in tables.PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert tables.filled(text, page) == text, "run python docs/tables.py"
+
+
+def test_what_batch_invariance_costs_has_a_table_once_it_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = load(ROOT / "docs" / "tables.py")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.batch_invariant() == "No recorded run yet."
+    row = {
+        "op": "batch_invariant", "format": "bf16", "m": 16, "n": 6144, "k": 4096, "groups": 1, "kernel": "skinny: 16 tokens", "us": 24.0,
+        "floor_us": 16.0, "stream_us": 18.0, "baselines": {"cugemm": 20.0},
+    }  # fmt: skip
+    failed = {**row, "m": 1, "us": None, "baselines": {}, "note": "it failed"}
+    (tmp_path / "docs" / "benchmarks").mkdir(parents=True)
+    document = {**records.new_document(), "gpu": "H100", "rows": [row, failed]}
+    records.save(document, tmp_path / "docs" / "benchmarks" / "bench_h100_batch_invariant.json")
+    told, table = tables.batch_invariant().split("\n\n")
+    assert told.startswith("H100, driver ")
+    assert table.splitlines()[2:] == [
+        "| 6144 x 4096 | 16 | bf16 | 20.0 | 24.0 | 1.20x | 18.0 | 16.0 | skinny: 16 tokens |",
+        "| 6144 x 4096 | 1 | bf16 | - | - | - | 18.0 | 16.0 | skinny: 16 tokens |",
+    ]
+    assert tables.benchmarks() == "No recorded run yet.", "the README does not repeat it"
 
 
 def test_chains_have_a_table_once_they_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
