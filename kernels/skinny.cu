@@ -13,7 +13,7 @@
 //           them whose turn it is, SPLIT tiles later
 //   launch  may begin before its predecessor has ended: weights are prefetched or loaded then, everything else waits
 //
-// Not handled: B contiguous along n or not in 16-byte pieces, segments, floats of 32 or 64 k, zero points, fp16 beside bf16.
+// Not handled: B contiguous along n or not in 16-byte pieces, floats of 32 or 64 k, zero points, fp16 beside bf16.
 #include "common/rows.cuh"
 
 constexpr int kThreads = 32 * WARPS, kGroups = WARPS / WARPS_K;

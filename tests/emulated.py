@@ -1,8 +1,8 @@
 """Kernels without a GPU: inside `emulated()` calls on NumPy arrays run the launches that a GPU would get, compiled as C++ by g++.
 
-tests/emulator has what CUDA and PTX are to a kernel there. Schedules of threads are random and shared memory is poisoned, so that a missing
-barrier or wait shows; a launch that may begin early finds poison where the kernel ahead writes until it has waited. Nothing shows about
-speed, registers, or how the hardware rounds sums: here an MMA rounds once.
+tests/emulator has what CUDA and PTX are to a kernel there. Schedules of threads are random, and shared memory and float results are
+poisoned, so that a missing barrier, wait or element shows; a launch that may begin early finds poison where the kernel ahead writes until
+it has waited. Nothing shows about speed, registers, or how the hardware rounds sums: here an MMA rounds once.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import numpy as np
 from conftest import ROOT
 
 from cugemm import arch, host, launch, select
-from cugemm.arrays import View, numpy_dtype
+from cugemm.arrays import View, host_array, numpy_dtype
 from cugemm.catalog import Step, Zero
-from cugemm.problem import B_SCALE, B
+from cugemm.problem import B_SCALE, OUT_DTYPES, B
 
 EMULATOR = ROOT / "tests" / "emulator"
 
@@ -106,6 +106,9 @@ def emulated(target: str = "sm_90a", tile: int | None = None, seed: int = 1, eag
         if tile is not None and hasattr(call.problem, "scale_block"):
             configs = kernel.candidates(choice.problem, arch.H100)
             config = configs[tile % len(configs)]
+        for view in outputs:
+            if view.dtype in OUT_DTYPES:
+                host_array(view)[...] = np.nan
         scratch = [np.full(shape, 0x55, numpy_dtype(dtype)) for shape, dtype in call.workspaces]
         table = [view.ptr if isinstance(view, View) else 0 for view in views]
         made = [view.ptr for view in outputs]

@@ -19,7 +19,7 @@ from oracles import Array
 
 import cugemm
 from cugemm import Quantized, launch
-from cugemm.catalog import Step
+from cugemm.catalog import Step, skinny
 from cugemm.formats import FORMATS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -32,6 +32,11 @@ PAIRS = (
     ("bf16", "uint4_g32"), ("int8_group", "int4_g64"), ("int4_g128", "int8_row"),
 )  # fmt: skip
 SHAPES = ((17, 40, 200), (70, 67, 132))
+
+
+@pytest.fixture
+def portable_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skinny.Skinny, "refuse", lambda self, problem: "not here")
 
 
 def operand(x: Operand, layout: str = "linear") -> Any:
@@ -87,6 +92,7 @@ def test_layouts(pair: tuple[str, str]) -> None:
             oracles.check_exact(case, np.ascontiguousarray(out), "bfloat16")
 
 
+@pytest.mark.usefixtures("portable_alone")
 @pytest.mark.parametrize("pair", [("bf16", "bf16"), ("fp8_group", "fp8_block"), ("nvfp4", "nvfp4"), ("bf16", "uint4_g32")], ids="-".join)
 @pytest.mark.parametrize("kind", MATMULS)
 def test_grouped(kind: str, pair: tuple[str, str]) -> None:
@@ -95,6 +101,7 @@ def test_grouped(kind: str, pair: tuple[str, str]) -> None:
     assert "portable" in ran
 
 
+@pytest.mark.usefixtures("portable_alone")
 @pytest.mark.parametrize("name", ENTRIES)
 def test_entries(name: str) -> None:
     with emulate(tile=2, seed=5) as ran:
@@ -102,6 +109,7 @@ def test_entries(name: str) -> None:
     assert "portable" in ran
 
 
+@pytest.mark.usefixtures("portable_alone")
 @pytest.mark.parametrize("index", ["int32", "int64"])
 def test_wrong_device_values_select_nothing(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.values, "check", lambda *given: None)  # which would refuse them in host memory

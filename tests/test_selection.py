@@ -105,18 +105,19 @@ def test_total_and_pure(target: str) -> None:
 
 @pytest.mark.parametrize("target", ARCHS)
 def test_few_configs_for_a_weight(target: str) -> None:
-    """For one (format, n, k): at most 16 tiles of portable over every m, layout of a, batch, group and result; 13 of skinny for each m."""
+    """For one (format, n, k): at most 16 tiles of portable over every m, layout of a, batch, group and result; 13 of skinny for each m, of
+    groups for each of two numbers of rows held at once."""
     rows = (1, 16, 64, 256, 4374, 100_000)
     for (a, b), block, (n, k) in itertools.product(itertools.product(LEFT, KINDS), SCALED, NK[::4]):
-        found: dict[tuple[str, int], set[tuple[object, ...]]] = {}
+        found: dict[tuple[str, int, bool], set[tuple[object, ...]]] = {}
         for m, vector, grouped in itertools.product(rows, (True, False), (False, True)):
             problem = question(m, n, k, a, b, target, vector=vector, grouped=grouped, scale_block=block)
             for kernel in KERNELS:
                 if kernel.refuse(problem) is None:
-                    held = found.setdefault((kernel.name, m if kernel is skinny.KERNEL else 0), set())
+                    held = found.setdefault((kernel.name, *((m, grouped) if kernel is skinny.KERNEL else (0, False))), set())
                     held.update(kernel.candidates(problem, arch.H100))
-        for (name, m), configs in found.items():
-            assert 1 <= len(configs) <= (13 if name == "skinny" else 16), (a, b, m, n, k, sorted(map(str, configs)))
+        for (name, m, grouped), configs in found.items():
+            assert 1 <= len(configs) <= (13 * (1 + grouped) if name == "skinny" else 16), (a, b, m, n, k, sorted(map(str, configs)))
 
 
 def shared_memory(problem: Problem, config: portable.Config) -> int:
@@ -159,7 +160,7 @@ def test_skinny_configs_satisfy_the_kernel_and_fit(target: str) -> None:
             continue
         for device in (arch.H100, SMALL, LAPTOP):
             configs = skinny.KERNEL.candidates(problem, device)
-            assert 1 <= len(configs) <= 13
+            assert 1 <= len(configs) <= (26 if problem.grouped else 13)
             for c in configs:
                 assert c.warps % c.warps_k == 0
                 assert c.stages >= 2

@@ -119,7 +119,7 @@ class Portable:
         k = ceil_div(ceil_div(problem.k, config.block_k), config.split) * config.block_k if config.split > 1 else problem.k
         work_ns = _BYTE_SCALES if problem.a_scale or problem.b_scale else 1.0
         busy = work_ns * (full * together(resident) + together(last)) * k * _planes(problem) * 1e-3 * _CALIBRATED_KHZ / device.clock_khz
-        rows, weights = (problem.m, problem.batch) if problem.grouped else (problem.m * problem.batch, problem.batch)
+        rows, weights = (problem.m, min(problem.batch, problem.m)) if problem.grouped else (problem.m * problem.batch, problem.batch)
         values = rows * problem.k * ELEMENTS[problem.a].bits + weights * problem.n * problem.k * ELEMENTS[problem.b].bits
         memory = (values / 8 + rows * problem.n * 2) / (_READ * device.read_gbs * 1e3)
         if config.split > 1:  # sums cross from CTA to CTA

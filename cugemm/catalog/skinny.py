@@ -1,4 +1,4 @@
-"""`kernels/skinny.cu`: products of up to 64 rows with weights contiguous along k, dense, batched or masked, sm_80 and up."""
+"""`kernels/skinny.cu`: up to 64 rows of a matrix, or of each segment on average, with weights contiguous along k; sm_80 and up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cugemm.arch import Device
 from cugemm.catalog import gemm
 from cugemm.catalog.step import REACHED, Step, Zero
 from cugemm.formats import BF16, E2M1X2, E4M3, E5M2, E8M0, ELEMENTS, FP16, INT4X2, INT8
-from cugemm.problem import FLOATS8, FLOATS16, GemmCall, Problem
+from cugemm.problem import BUCKETS, FLOATS8, FLOATS16, GemmCall, Problem
 from cugemm.scales import ceil_div
 
 _MOST_ROWS = 64
@@ -89,6 +89,8 @@ _STAGE_BYTES = 27.0
 _LAUNCH_US, _CLUSTER_US = 2.4, 2.0
 _AGAIN = 0.5
 """Reading weights again, for further rows of A: mostly from L2."""
+_MOST_WAVES = 4
+"""Of clusters, where segments are many."""
 _CALIBRATED_KHZ = 1_980_000
 
 
@@ -100,13 +102,13 @@ class Skinny:
         refused = gemm.refuse(problem, self.name)
         if refused or not isinstance(problem, Problem):
             return refused
-        if (problem.m > _MOST_ROWS and not problem.batch_invariant) or problem.grouped:
-            return f"multiplies up to {_MOST_ROWS} rows, of a whole matrix"
+        if (_rows(problem) > _MOST_ROWS or (problem.grouped and problem.m == BUCKETS[-1])) and not problem.batch_invariant:
+            return f"multiplies up to {_MOST_ROWS} rows, of a matrix or on average of a segment"
         refused = refuse_operands(problem)
         if refused:
             return refused
         if not self.candidates(problem, arch.H100):
-            return f"does not hold {problem.m} rows of {problem.k} in shared memory"
+            return f"does not hold {_rows(problem)} rows of {problem.k} in shared memory"
         return None
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
@@ -115,12 +117,13 @@ class Skinny:
             problem = problem._replace(pdl="")  # NOTE: without griddepcontrol, a launch that may begin early would not wait
         if problem.batch_invariant:
             return self.invariant(problem, target, device)
-        whole = 1 << (problem.m - 1).bit_length()
-        few = problem.m <= _FEW
+        whole = 1 << (_rows(problem) - 1).bit_length()
+        few = whole <= _FEW
         shapes = [s for s in (_SHAPES if few else _WIDE) if s[4] == 1 or "cluster" in target.features]
-        wanted = [
-            Config(tokens, *s, pdl=problem.pdl) for tokens, s in itertools.product((whole,) if few else sorted({_FEW, 32, whole}), shapes)
-        ]
+        held = {whole} if few else {_FEW, 32, whole}
+        if problem.grouped:  # some segments are longer than others
+            held = {min(whole, _FEW), 2 * min(whole, _FEW)}
+        wanted = [Config(tokens, *s, pdl=problem.pdl) for tokens, s in itertools.product(sorted(held), shapes)]
         for stages in (4, 3, 2):  # rings are shorter only where none fits as it should be
             configs = [c._replace(stages=min(c.stages, stages)) for c in wanted]
             fitting = [c for c in configs if _fits(problem, c, target)]
@@ -130,11 +133,11 @@ class Skinny:
 
     def invariant(self, problem: Problem, target: arch.Arch, device: Device) -> tuple[Config, ...]:
         """Those that add up in the order that is best for 16 rows, whatever m is."""
-        usual = problem._replace(m=_FEW, batch=1, batch_invariant=False, pdl="")
+        usual = problem._replace(m=_FEW, batch=1, grouped=False, batch_invariant=False, pdl="")
         best = min(self.candidates(usual, device), key=lambda c: self.cost(usual, c, device), default=None)
         if best is None:
             return ()
-        whole = 1 << (problem.m - 1).bit_length()
+        whole = 1 << (_rows(problem) - 1).bit_length()
         wanted = (best._replace(tokens=tokens, pdl=problem.pdl) for tokens in sorted({min(whole, _FEW), min(whole, _MOST_ROWS)}))
         return tuple(c._replace(clusters=_clusters(problem, c, device)) for c in wanted if _fits(problem, c, target))
 
@@ -143,8 +146,7 @@ class Skinny:
         tiles, steps = ceil_div(problem.n, 16 * config.row_blocks), _steps(problem, config)
         turns = ceil_div(tiles, config.clusters * (config.warps // config.warps_k))
         rounds = ceil_div(steps, config.warps_k)
-        pieces = ceil_div(problem.m, config.tokens)
-        clusters = config.clusters * problem.batch * pieces
+        clusters = config.clusters * _pieces(problem, config)
         resident = _resident(config, device)
         waves = ceil_div(clusters, resident)
         ctas = min(config.ctas, ceil_div(clusters * config.split, device.sm_count))
@@ -159,18 +161,20 @@ class Skinny:
         clock = _CALIBRATED_KHZ / device.clock_khz
         before = waves * rows / _STAGE_BYTES * 1e-3 * clock
 
-        memory = _bytes(problem, pieces)
+        memory = _bytes(problem, config)
         launch = _LAUNCH_US + _CLUSTER_US * (config.split > 1)
         spent = waves * clock * 1e-3
         return launch + before + math.hypot(work * spent, latency * spent, memory / (device.read_gbs * 1e3))
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
         problem = call.problem
-        grid = config.clusters * config.split * call.batch * ceil_div(call.m, config.tokens)
-        smem = _smem(problem, config)
-        masked = call.segments != ""
+        tiles = call.batch * ceil_div(call.m, config.tokens)
+        if problem.grouped:  # as many as any segmentation can need
+            tiles = call.m // config.tokens + min(call.batch, call.m)
+        grid, smem = config.clusters * config.split * tiles, _smem(problem, config)
+        some = call.segments != ""  # without segments, no row is left out
         return gemm.steps(
-            call, self.name, _defines(problem, config), grid, config.threads, smem, config.pdl, config.clusters, clear=masked
+            call, self.name, _defines(problem, config), grid, config.threads, smem, config.pdl, config.clusters, clear=some
         )  # fmt: skip
 
 
@@ -183,10 +187,32 @@ def _step(problem: Problem) -> int:
     return 8 * _chunk(problem)
 
 
+def _matrices(problem: Problem) -> int:
+    """That are read: no more segments than rows have any."""
+    return max(1, min(problem.batch, problem.m)) if problem.grouped else problem.batch
+
+
+def _rows(problem: Problem) -> int:
+    """Of A that a matrix is multiplied with; of segments the average."""
+    return ceil_div(problem.m, _matrices(problem)) if problem.grouped else problem.m
+
+
+def _pieces(problem: Problem, config: Config) -> int:
+    """Row tiles of all matrices. Segments differ: half a tile more of each, where more than one is a matter of luck."""
+    if not problem.grouped:
+        return problem.batch * ceil_div(problem.m, config.tokens)
+    return max(_matrices(problem), ceil_div(problem.m, config.tokens) + _matrices(problem) // 2)
+
+
 def _clusters(problem: Problem, config: Config, device: Device) -> int:
-    """For each matrix: no more than have a tile, and than fit the GPU."""
+    """For each piece: no more than have a tile, and than fit the GPU; of segments what fills its waves best, A being loaded in each."""
     tiles = ceil_div(ceil_div(problem.n, 16 * config.row_blocks), config.warps // config.warps_k)
-    return max(1, min(tiles, _resident(config, device) // ceil_div(problem.m, config.tokens)))
+    resident = _resident(config, device)
+    if not problem.grouped:
+        return max(1, min(tiles, resident // ceil_div(problem.m, config.tokens)))
+    pieces = _pieces(problem, config)
+    few = range(1, max(1, min(tiles, _MOST_WAVES * resident // pieces)) + 1)
+    return min(few, key=lambda clusters: ceil_div(clusters * pieces, resident) * (1 + ceil_div(tiles, clusters)))
 
 
 def _resident(config: Config, device: Device) -> int:
@@ -211,12 +237,13 @@ def _decode(problem: Problem) -> float:
     return ns + (_BLOCK_NS if problem.scale_block else 0.0)
 
 
-def _bytes(problem: Problem, pieces: int) -> float:
+def _bytes(problem: Problem, config: Config) -> float:
     """What all CTAs read and write; weights that are read again count in part."""
+    matrices, again = _matrices(problem), _pieces(problem, config) - _matrices(problem)
     block_bits = {E4M3.name: 8 / 16, E8M0.name: 8 / 32}.get(problem.b_scale, 0.0)
-    weights = problem.n * problem.k * (ELEMENTS[problem.b].bits + block_bits) / 8 * (1 + _AGAIN * (pieces - 1))
-    rows = problem.m * (problem.k * ELEMENTS[problem.a].bits / 8 + problem.n * 2)
-    return problem.batch * (weights + rows)
+    weights = problem.n * problem.k * (ELEMENTS[problem.b].bits + block_bits) / 8
+    rows = problem.m * (1 if problem.grouped else problem.batch) * (problem.k * ELEMENTS[problem.a].bits / 8 + problem.n * 2)
+    return (matrices + _AGAIN * again) * weights + rows
 
 
 def _smem(problem: Problem, config: Config) -> int:

@@ -1,0 +1,152 @@
+"""skinny's products of groups, on the CPU: every entry, ways to cut the work, segments empty, long or wrong, rows gathered, repeated."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import format_oracles as formats
+import grouped_cases as cases
+import numpy as np
+import oracles
+import pytest
+from emulated import emulated as emulate
+from grouped_cases import ENTRIES, MATMULS, Framework
+
+import cugemm
+from cugemm import NoKernelError, arch, launch, select
+from cugemm.catalog import portable, skinny
+from cugemm.catalog.skinny import Config
+from cugemm.problem import Problem
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+NUMPY = Framework("numpy", lambda x: x, lambda x: x)
+PAIRS = (
+    ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp8_row"), ("fp8_row", "fp8_row"), ("fp8_group", "fp8_block"), ("bf16", "nvfp4"),
+    ("fp16", "nvfp4_row"), ("bf16", "mxfp4"), ("fp8_row", "mxfp8"), ("bf16", "int4_g128"), ("bf16", "int8_row"),
+)  # fmt: skip
+CONFIGS = (
+    Config(1, 4, 1, 1, 2, 1, 1, 2), Config(2, 4, 2, 2, 3, 2, 1, 1), Config(4, 4, 4, 1, 3, 1, 1, 3), Config(8, 4, 2, 1, 3, 4, 1, 2),
+    Config(16, 4, 2, 2, 2, 1, 1, 1), Config(32, 4, 1, 1, 2, 2, 1, 2),
+)  # fmt: skip
+SKINNY_ENTRIES = [name for name in ENTRIES if ("fp8" in name and "mx" not in name) or "deepgemm" in name or name == "mm bf16"]
+"""Those whose rows of a have no scales in bytes."""
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config], None]:
+    """use(config): there is no other kernel and no other config; weights can be read in 16-byte pieces."""
+    sizes = cases.sizes
+
+    def alone(config: Config) -> None:
+        monkeypatch.setattr(portable.Portable, "refuse", lambda self, problem: "not here")
+        monkeypatch.setattr(skinny, "_MOST_ROWS", 1000)
+        monkeypatch.setattr(skinny.Skinny, "candidates", lambda self, problem, device: (config,))
+        monkeypatch.setattr(cases, "sizes", lambda *given, **how: (size := sizes(*given, **how))._replace(k=-(-size.k // 32) * 32))
+
+    return alone
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize("kind", MATMULS)
+def test_grouped_matmul(kind: str, pair: tuple[str, str], use: Callable[[Config], None]) -> None:
+    seed = list(MATMULS).index(kind)
+    use(CONFIGS[(seed + PAIRS.index(pair)) % 2 * 3 + PAIRS.index(pair) % 3])  # two for each pair
+    with emulate(("sm_90a", "sm_120a")[seed % 2], seed=seed, eager=seed % 2 == 0) as ran:
+        MATMULS[kind](NUMPY, seed + 10 * PAIRS.index(pair), *pair, ("int32", "int64")[seed % 2])
+    assert set(ran) <= {"segments", "skinny"}
+
+
+@pytest.mark.parametrize("name", SKINNY_ENTRIES)
+def test_entries(name: str, use: Callable[[Config], None]) -> None:
+    for seed in range(2):
+        use(CONFIGS[(seed + len(name)) % len(CONFIGS)])
+        with emulate(seed=seed) as ran:
+            ENTRIES[name](NUMPY, seed, ("int32", "int64")[seed % 2])
+        assert "portable" not in ran
+
+
+@pytest.mark.parametrize("index", ["int32", "int64"])
+def test_wrong_device_values_select_nothing(index: str, use: Callable[[Config], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.values, "check", lambda *given: None)  # which would refuse them in host memory
+    for seed in range(3):
+        use(CONFIGS[2 * seed + (index == "int64")])
+        with emulate(seed=seed):
+            cases.wild(NUMPY, seed, index)
+
+
+def test_expert_maps(use: Callable[[Config], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments in any order, some of them of the same expert, some of none; the result lies anywhere."""
+    monkeypatch.setattr(launch.values, "check", lambda *given: None)
+    for seed, config in enumerate(CONFIGS):
+        use(config)
+        rng = np.random.default_rng(seed)
+        m, n, k, number, experts = int(rng.integers(1, 90)), int(rng.integers(1, 80)), 32 * int(rng.integers(1, 12)), 9, 4
+        name = ("bf16", "e4m3", "fp16")[seed % 3]
+        a, b = formats.exact_operand(rng, name, (m, k), True), formats.exact_operand(rng, name, (experts, n, k), False)
+        chosen = rng.choice([*range(experts), -1, experts, 2**31 - 1, -(2**31)], number)
+        groups = cases.segments(rng, m, number, "int32")
+        expert = np.where(groups.expert >= 0, chosen[groups.expert], -1)
+        index = ("int32", "int64")[seed % 2]
+        dtype = "float16" if name == "fp16" else "bfloat16"
+        for out in (oracles.poison((m, n), dtype), oracles.poison((n, m), dtype).T, oracles.poison((m, n + 5), dtype)[:, 3 : n + 3]):
+            with emulate(seed=seed, eager=seed % 2 == 0) as ran:
+                cugemm.SegmentGEMMWrapper(None).run(
+                    a.data, b.data, number, True, out=out, seg_indptr=groups.indptr.astype(index), weight_indices=chosen.astype(index)
+                )
+            assert ran[-1] == "skinny"
+            oracles.check_exact(formats.answer(a, b, expert=np.where((expert >= 0) & (expert < experts), expert, -1)), out, dtype)
+
+
+# --- what is chosen ---------------------------------------------------------------------------------------------------------------------
+
+
+def question(m: int, segments: int, n: int = 4096, k: int = 2048, a: str = "bf16", b: str = "bf16", target: str = "sm_90a") -> Problem:
+    return Problem(
+        m, n, k, segments, True, a, b, "", "e8m0" if b == "e2m1x2" else "", False, 0, "k", "k", True, "bfloat16", "fast", "auto", target,
+        b_vector=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_120a"])
+def test_candidates_follow_the_rows_of_a_segment(target: str) -> None:
+    for m, segments, tokens in (
+        (1, 8, {1, 2}),
+        (16, 8, {2, 4}),
+        (64, 256, {1, 2}),
+        (512, 32, {16, 32}),
+        (4096, 128, {16, 32}),
+        (8, 0, {8, 16}),
+    ):
+        asked = question(m, segments, target=target)
+        configs = skinny.KERNEL.candidates(asked, arch.H100)
+        assert configs and {c.tokens for c in configs} <= tokens, (m, segments, configs)
+        assert min(tokens) in {c.tokens for c in configs}
+        for c in configs:
+            groups = -(-asked.n // (16 * c.row_blocks * c.warps // c.warps_k))
+            assert 1 <= c.clusters <= groups
+            assert skinny.KERNEL.cost(asked, c, arch.H100) > 0
+
+
+def test_decoding_experts_go_to_skinny() -> None:
+    for m, segments in ((1, 8), (8, 8), (16, 8), (64, 64), (64, 256), (256, 256)):
+        for b in ("bf16", "e2m1x2"):
+            choice = select.choose(question(m, segments, b=b), arch.H100)
+            assert choice.best.kernel is skinny.KERNEL, str(choice)
+    for m, segments in ((1024, 8), (8192, 8), (8192, 512)):
+        assert skinny.KERNEL.refuse(question(m, segments)) == "multiplies up to 64 rows, of a matrix or on average of a segment"
+
+
+def test_further_segments_than_rows_cost_nothing() -> None:
+    for m in (1, 8, 64):
+        prices = {select.choose(question(m, segments), arch.H100).best.us for segments in (m, 2 * m, 1000)}
+        assert len(prices) == 1
+
+
+def test_refused_as_it_is_of_one_matrix() -> None:
+    asked = question(16, 8)
+    for wrong in ({"zero": True}, {"a_scale": "e8m0"}, {"b_vector": False}, {"scale_block": 64}, {"k": 10**6, "m": 128}):
+        assert skinny.KERNEL.refuse(asked._replace(**wrong)), wrong
+    with pytest.raises(NoKernelError, match="on average of a segment"):
+        select.choose(question(1024, 8)._replace(backend="skinny"), arch.H100)
