@@ -22,7 +22,7 @@ from cugemm.catalog import Step
 from cugemm.errors import CaptureError, HostWarning
 from cugemm.intake import Intake, Op, check_aliasing, check_scalar, is_jax, take
 from cugemm.packed import pack
-from cugemm.problem import Argument
+from cugemm.problem import Argument, GemmCall
 
 _WARM: dict[tuple[Any, ...], tuple[Bound, ...]] = {}
 _VIEWS: dict[tuple[Any, ...], Bound] = {}
@@ -76,6 +76,11 @@ def load(step: Step, arch_name: str, device: int) -> compile.Loaded:
     return found
 
 
+def _without_scratch(call: Any) -> Any:
+    """XLA allocates what a program needs before it is known which kernel runs."""
+    return call._replace(problem=call.problem._replace(scratch=False)) if isinstance(call, GemmCall) else call
+
+
 def choose(call: Any, device: int) -> select.Choice:
     """The kernel and config for a call on a device, from the plan cache."""
     target, info = machine(device)
@@ -103,7 +108,10 @@ class Bound:
 
     def __init__(self, op: Op, call: Any, views: tuple[Argument, ...], framework: Framework, device: int, choice: select.Choice) -> None:
         self.name, self.roles, self.framework, self.device = op.name, op.roles, framework, device
-        self.outputs, self.workspaces = call.outputs, call.workspaces
+        problem, best = choice.problem, choice.best
+        steps = best.kernel.steps(call, best.config)
+        scratch = max((step.scratch for step in steps if isinstance(step, Step)), default=0)
+        self.outputs, self.workspaces = call.outputs, (*call.workspaces, *([((scratch,), "float32")] if scratch else []))
         self.guarded, self.match = False, _matches_nothing
         present = [i for i, view in enumerate(views) if isinstance(view, View)]
         self.spans = [view.span() for view in views if isinstance(view, View)]
@@ -116,13 +124,12 @@ class Bound:
             compact[out] = fresh
             fresh += 1
         compact |= {
-            position: fresh + i for i, position in enumerate(range(len(views), len(views) + len(call.outputs) + len(call.workspaces)))
+            position: fresh + i for i, position in enumerate(range(len(views), len(views) + len(call.outputs) + len(self.workspaces)))
         }
         by_value = [isinstance(view, float) for view in views]
-        problem, best = choice.problem, choice.best
         self.launches = tuple(
             pack(step, lambda position: compact.get(position, -1), lambda s: load(s, problem.arch, device).function, by_value, device)
-            for step in best.kernel.steps(call, best.config)
+            for step in steps
             if not isinstance(step, Step) or step.grid > 0
         )
 
@@ -219,6 +226,7 @@ def _first(op: Op, arrays: tuple[Any, ...], options: Any) -> Any:
     given = arrays[-1] if "out" in op.roles else None
     framework, device = intake.framework, intake.device
     if _recorder.calls is not None:
+        call = _without_scratch(call) if framework.name == "JAX" else call
         choice = None if device == HOST else choose(call, device)
         _recorder.calls.append(Recorded(op, call, choice, device))
         return _unwrap([SPEC.empty(shape, dtype, None, device) for shape, dtype in call.outputs])
@@ -314,6 +322,7 @@ def run_views(
             return
         if all(0 in view.shape for view in outputs):
             return
+        call = _without_scratch(call)
         if len(_VIEWS) >= _MAX_KEYS:
             _VIEWS.clear()
         bound = _VIEWS[key] = bind(op, call, views, _XlaStream(stream), device)

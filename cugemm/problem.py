@@ -48,7 +48,7 @@ class Problem(NamedTuple):
     a, b: elements. a_scale, b_scale: the element of scales that go into the values ("e4m3", "e8m0"), else "". zero: b has zero points.
     scale_block: the fewest values along k under one float scale, 0 where none varies along k. vector: both operands can be read in 16-byte
     pieces, along the axes a_major and b_major say; b_vector: b can along k, and so can its scales. pdl: "", or what may happen to b before
-    the kernel ahead has ended, "prefetch" or "static" (loads).
+    the kernel ahead has ended, "prefetch" or "static" (loads). scratch: kernels may ask for memory (`Step.scratch`).
     """
 
     m: int
@@ -73,6 +73,7 @@ class Problem(NamedTuple):
     pdl: str = ""
     batch_invariant: bool = False
     b_vector: bool = False
+    scratch: bool = True
 
     def __str__(self) -> str:
         where = f" on {self.arch}" if self.arch else ""

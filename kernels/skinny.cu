@@ -6,7 +6,8 @@
 // fragments of several MMAs, and A is laid down once in the order that those chunks ask for.
 //
 //   step    128 bytes of each weight row of a tile of 16 * ROW_BLOCKS rows; lane l multiplies chunks l % 4 and l % 4 + 4 of rows l / 4 + 8 i
-//   k       SPLIT CTAs of a cluster cut k into runs of steps; in each, WARPS_K warps take its steps in turn
+//   k       SPLIT CTAs of a cluster cut k into runs of steps; in each, WARPS_K warps take its steps in turn. Where there are no clusters,
+//           PARTS CTAs cut it, and leave their sums in memory for reduce.cu
 //   rows    groups of WARPS_K warps, and clusters, take tiles in turn; more than TOKENS rows of A are cut among clusters
 //   ring    each warp copies what it will read itself, STAGES - 1 steps ahead and across tiles: no barrier in the main loop
 //   sums    of a tile meet in shared memory, in one order: those of warps behind a barrier of their group, those of CTAs in the one of
@@ -16,10 +17,10 @@
 // Not handled: B contiguous along n or not in 16-byte pieces, floats of 32 or 64 k, zero points, fp16 beside bf16.
 #include "common/rows.cuh"
 
-constexpr int kThreads = 32 * WARPS, kGroups = WARPS / WARPS_K;
+constexpr int kThreads = 32 * WARPS, kGroups = WARPS / WARPS_K, kCuts = SPLIT * PARTS;
 constexpr int kUnitBytes = kTokenBlocks * kTokens * 4 * 16;  // of A: 8 values of each token for each of 4 lanes
 constexpr int kStepBytes = 2 * kUnits * kUnitBytes;
-static_assert(WARPS % WARPS_K == 0);
+static_assert(WARPS % WARPS_K == 0 && (SPLIT == 1 || PARTS == 1));
 
 // Activations ---------------------------------------------------------------------------------------------------------------------
 
@@ -176,11 +177,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
 #endif
         skinny(const __grid_constant__ Args args) {
     extern __shared__ u8 shared_bytes[];
-    const int warp = threadIdx.x / 32, rank = SPLIT > 1 ? cluster_rank() : 0;
-    const i32 number = blockIdx.x / SPLIT;
-    const bool one = gridDim.x == args.clusters * SPLIT && args.grouped == 0;  // matrix and piece: no divisions then
+    const int warp = threadIdx.x / 32, rank = SPLIT > 1 ? cluster_rank() : blockIdx.x % PARTS;
+    const i32 number = blockIdx.x / kCuts;
+    const bool one = gridDim.x == args.clusters * kCuts && args.grouped == 0;  // matrix and piece: no divisions then
     const i32 cluster = one ? number : number % args.clusters;
-    const i32 all = ceil_div(args.k, kStepValues), each = ceil_div(all, SPLIT);  // steps of a row; of a CTA
+    const i32 all = ceil_div(args.k, kStepValues), each = ceil_div(all, kCuts);  // steps of a row; of a CTA
     Place at;
     at.lane = threadIdx.x % 32, at.g = at.lane / 4, at.t = at.lane % 4, at.warp_k = warp % WARPS_K, at.group = warp / WARPS_K;
     at.first_step = rank * each, at.steps = larger(smaller(each, all - at.first_step), 0), at.rounds = ceil_div(each, WARPS_K);
@@ -254,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
             store_remote_16(letters(mail, at, turn / SPLIT, rank) + part * 512, turn % SPLIT, total);
 #else
             if (part >= WARPS_K) factors.load(args, at, tile, part);
-            factors.store(args, at, tile, part, total);
+            factors.store(args, at, tile, part, total, PARTS > 1 ? rank * sums_of_part(args) : 0);
 #endif
         }
 #if SPLIT > 1

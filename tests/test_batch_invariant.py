@@ -13,6 +13,7 @@ from emulated import emulated as emulate
 
 import cugemm
 from cugemm import arch, launch, measure, select
+from cugemm.catalog import skinny
 from cugemm.problem import BUCKETS
 
 N, K = 72, 1056
@@ -45,6 +46,15 @@ def test_in_the_emulator(name: str) -> None:
     assert kernels == {"portable" if name in ("uint4_g128", "int4_g32") else "skinny"}
 
 
+@pytest.mark.parametrize("name", ["bf16", "nvfp4"])
+def test_without_clusters_in_the_emulator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where a launch costs nothing, k is not cut into parts, whose memory would grow with m."""
+    monkeypatch.setattr(skinny, "_LAUNCH_US", 0.0)
+    with emulate("sm_80") as ran:
+        check(lambda x: x, lambda y: y, name, ml_dtypes.bfloat16)
+    assert "skinny" in ran and not {"reduce", "portable"} & set(ran)
+
+
 @pytest.mark.gpu
 @pytest.mark.requires("cupy")
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
@@ -57,7 +67,8 @@ def test_on_a_gpu(name: str, dtype: Any) -> None:
 
 @pytest.mark.parametrize("name", ["bf16", "fp8_row", "nvfp4", "mxfp4", "int4_g128", "uint4_g128"])
 @pytest.mark.parametrize(("n", "k"), [(28672, 4096), (4096, 14336), (6144, 4096), (1000, 65536)])
-def test_one_order_of_sums_for_every_m(name: str, n: int, k: int) -> None:
+@pytest.mark.parametrize("target", ["sm_90a", "sm_80"])
+def test_one_order_of_sums_for_every_m(target: str, name: str, n: int, k: int) -> None:
     """What decides it: the kernel, the warps and the CTAs that cut k. Overlap changes nothing."""
     orders = set()
     w = cugemm.Spec((n, k), "bfloat16") if name == "bf16" else None
@@ -68,7 +79,7 @@ def test_one_order_of_sums_for_every_m(name: str, n: int, k: int) -> None:
             cugemm.linear(cugemm.Spec((8, k), "bfloat16"), w, batch_invariant=True, pdl=pdl, static_weights=pdl)
     for recorded in calls[-2:]:
         for m in BUCKETS:
-            problem = recorded.call.problem._replace(m=m, arch="sm_90a")
+            problem = recorded.call.problem._replace(m=m, arch=target)
             for ranked in select.choose(problem, arch.H100).ranking:
-                orders.add((ranked.kernel.name, ranked.config.warps_k, ranked.config.split))
+                orders.add((ranked.kernel.name, ranked.config.warps_k, ranked.config.split, getattr(ranked.config, "parts", 1)))
     assert len(orders) == 1, orders

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import format_oracles as formats
@@ -22,6 +23,7 @@ import cugemm
 from cugemm import NoKernelError, launch, select
 from cugemm.api.common import gemm_options, product
 from cugemm.arch import H100
+from cugemm.arrays import Numpy
 from cugemm.catalog import skinny
 from cugemm.catalog.skinny import Config
 
@@ -43,6 +45,7 @@ CONFIGS = tuple(
     )
 )  # fmt: skip
 LAYOUTS = ("linear", "128x4", "8x4")
+NUMPY = Numpy()
 Use = Callable[[Config], None]
 
 
@@ -125,6 +128,89 @@ def test_public_masked_and_batched(use: Use) -> None:
     assert ran == ["skinny", "skinny"]
     oracles.check_exact(formats.answer(a, b, counts=counts), masked, "bfloat16")
     oracles.check_exact(formats.answer(a, b), whole, "bfloat16")
+
+
+# --- where CTAs that cut k are no cluster ------------------------------------------------------------------------------------------------
+
+PARTS = tuple(
+    Config(tokens, 4, warps_k, row_blocks, 2, 1, 1, clusters, "", parts)
+    for tokens, warps_k, row_blocks, clusters, parts in (
+        (1, 1, 1, 2, 2),
+        (4, 2, 2, 1, 4),
+        (8, 4, 1, 3, 8),
+        (16, 2, 1, 2, 2),
+        (32, 1, 1, 1, 4),
+    )
+)
+
+
+@pytest.mark.parametrize("kind", ["dense", "batch", "one b", "masked"])
+@pytest.mark.parametrize("number", range(0, len(PAIRS), 2), ids=["-".join(pair) for pair in PAIRS[::2]])
+def test_parts_of_k(number: int, kind: str, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their sums meet in memory; everything that is done to a sum is done behind that."""
+    monkeypatch.setattr(launch.values, "check", lambda *given: None)
+    left, right = {"dense": ((), ()), "one b": ((3,), (1,))}.get(kind, ((3,), (3,)))
+    rng = np.random.default_rng(number + len(kind))
+    i = number // 2 + len(kind)
+    config = PARTS[i % len(PARTS)]
+    use(config)
+    m, n = int(rng.integers(1, 2 * config.tokens + 1)), int(rng.integers(1, 150))
+    k = gpu_formats.even(int(rng.integers(1, 1500)), *PAIRS[number])
+    a = formats.exact_operand(rng, PAIRS[number][0], (*left, m, k), True)
+    b = formats.exact_operand(rng, PAIRS[number][1], (*right, n, k), False)
+    bias = rng.integers(-8, 9, (3, n) if kind == "masked" and i % 2 else n).astype(np.float32) if i % 3 else None
+    counts = rng.choice([-3, 0, m // 2, m, m + 9], 3) if kind == "masked" else None
+    case = formats.answer(a, b, alpha=(1.0, 0.5, -2.0)[i % 3], bias=bias, counts=counts, repro=f"{kind} {i}: {m}, {n}, {k}, {config}")
+    how: dict[str, Any] = {} if counts is None else {"segments": "masked", "said": counts.astype(("int32", "int64")[i % 2])}
+    dtype = gpu_formats.OUTS[i % 3]
+    with emulate(("sm_80", "compute_89")[i % 2], seed=i) as ran:
+        out = gpu_formats.multiply(
+            Host(), a, b, case, backend="skinny", dtype=dtype, bias=bias, out=("row", "column", "odd row", "odd column")[i % 4],
+            scale_layouts=("linear", LAYOUTS[i % 3]), alpha_on_device=i % 2 == 0, **how,
+        )  # fmt: skip
+    assert [kernel for kernel in ran if kernel != "segments"] == ["skinny", "reduce"] * 2
+    oracles.check_exact(case, out, dtype)
+
+
+def test_parts_give_the_bits_of_clusters(use: Use) -> None:
+    """Rows and their cut decide bits, nothing else;"""
+    rng = np.random.default_rng(8)
+    a, b = formats.random_operand(rng, "bf16", (40, 1184)), formats.random_operand(rng, "nvfp4", (50, 1184))
+    w = operand(b)
+    for split in (2, 4, 8):
+        results = []
+        for target, config in (("sm_90a", Config(8, 4, 2, 1, 3, split, 1, 2)), ("sm_86", Config(4, 4, 2, 2, 2, 1, 1, 1, "", split))):
+            use(config)
+            out = oracles.poison((40, 50), "float32")
+            with emulate(target, seed=split) as ran:
+                cugemm.linear(a.data, w, out=out, backend="skinny")
+            assert ran == (["skinny"] if target == "sm_90a" else ["skinny", "reduce"])
+            results.append(out)
+        oracles.check_bits(*results)
+        oracles.check_random(formats.answer(a, b, random_signs=True), results[0], "float32")
+
+
+def test_memory_for_parts_of_k(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher makes it behind the call's own workspaces; under XLA nobody asks for any."""
+    monkeypatch.setattr(launch, "load", lambda *given: SimpleNamespace(function=0))
+    use(PARTS[2])
+    x, w, out = (oracles.poison(shape, "bfloat16") for shape in ((3, 5, 64), (3, 24, 64), (3, 5, 24)))
+    said = np.array([5, 0, 3], np.int64)
+    given: tuple[Any, ...] = (x, w, *[None] * 7, said, None, None, out)
+    views = launch.take_views(NUMPY, ANY.roles, given)
+    call = ANY.check(views, gemm_options(ANY, None, "skinny", b_axes="nk", segments="masked"))
+    bound = launch.Bound(ANY, call, views, NUMPY, 0, select.choose(call.problem._replace(arch="sm_80"), H100))
+    assert bound.workspaces == (*call.workspaces, ((8 * 3 * 5 * 24,), "float32")) and len(call.workspaces) == 1
+    seen: list[Any] = []
+    bound.launches = tuple((lambda _, pointers, __, pick=step.pick: seen.append(pick(pointers))) for step in bound.launches[1:])
+    addresses = [view.ptr for view in views if view is not None]
+    bound(given, addresses)
+    narrow, multiply, add_up = seen
+    counts, sums = narrow[1], multiply[2]
+    assert multiply[:2] == (x.ctypes.data, w.ctypes.data) and multiply[3:10] == (0,) * 7 and multiply[10] == add_up[10] == counts
+    assert add_up[0] == sums and add_up[2] == out.ctypes.data
+    assert len({0, counts, sums, *addresses}) == 6 + 1
+    assert launch._without_scratch(call).problem == call.problem._replace(scratch=False)
 
 
 # --- how scales and weights lie ---------------------------------------------------------------------------------------------------------
@@ -282,9 +368,13 @@ def test_targets() -> None:
     with pytest.raises(NoKernelError, match="skinny: needs sm_80 or newer"):
         select.choose(question._replace(arch="sm_75"), H100)
     for target, early, splits in (("sm_80", {""}, {1}), ("compute_89", {""}, {1}), ("sm_90a", {"static"}, {1, 2, 4, 8})):
+        parts = {1} if target == "sm_90a" else {1, 2, 4, 8}
         configs = skinny.KERNEL.candidates(question._replace(arch=target), H100)
         assert {config.pdl for config in configs} == early, "a kernel that cannot wait must not begin early"
         assert {config.split for config in configs} == splits
+        assert {config.parts for config in configs} == parts
+        none = skinny.KERNEL.candidates(question._replace(arch=target, scratch=False), H100)
+        assert none and {config.parts for config in none} == {1}, "where nobody can give it memory"
 
 
 def test_a_launch_that_does_not_wait_shows(use: Use) -> None:

@@ -30,6 +30,7 @@ CONFIGS = (
     Config(1, 4, 1, 1, 2, 1, 1, 2), Config(2, 4, 2, 2, 3, 2, 1, 1), Config(4, 4, 4, 1, 3, 1, 1, 3), Config(8, 4, 2, 1, 3, 4, 1, 2),
     Config(16, 4, 2, 2, 2, 1, 1, 1), Config(32, 4, 1, 1, 2, 2, 1, 2),
 )  # fmt: skip
+PARTS = (Config(2, 4, 2, 1, 3, 1, 1, 1, "", 4), Config(16, 4, 1, 2, 2, 1, 1, 2, "", 2))
 SKINNY_ENTRIES = [name for name in ENTRIES if ("fp8" in name and "mx" not in name) or "deepgemm" in name or name == "mm bf16"]
 """Those whose rows of a have no scales in bytes."""
 
@@ -56,6 +57,25 @@ def test_grouped_matmul(kind: str, pair: tuple[str, str], use: Callable[[Config]
     with emulate(("sm_90a", "sm_120a")[seed % 2], seed=seed, eager=seed % 2 == 0) as ran:
         MATMULS[kind](NUMPY, seed + 10 * PAIRS.index(pair), *pair, ("int32", "int64")[seed % 2])
     assert set(ran) <= {"segments", "skinny"}
+
+
+@pytest.mark.parametrize("pair", PAIRS[::5], ids="-".join)
+@pytest.mark.parametrize("kind", MATMULS)
+def test_parts_of_k(kind: str, pair: tuple[str, str], use: Callable[[Config], None]) -> None:
+    seed = list(MATMULS).index(kind)
+    use(PARTS[seed % 2])
+    with emulate("sm_80", seed=seed) as ran:
+        MATMULS[kind](NUMPY, seed, *pair, ("int32", "int64")[seed % 2])
+    assert set(ran) <= {"segments", "skinny", "reduce"}
+
+
+@pytest.mark.parametrize("name", ["group fp8 MN 128", "moe fp8", "deepgemm"])
+def test_parts_of_k_of_entries(name: str, use: Callable[[Config], None]) -> None:
+    """Scales placed by segment, a bias of each row."""
+    use(PARTS[len(name) % 2])
+    with emulate("sm_80") as ran:
+        ENTRIES[name](NUMPY, 3, "int32")
+    assert "reduce" in ran and "portable" not in ran
 
 
 @pytest.mark.parametrize("name", SKINNY_ENTRIES)

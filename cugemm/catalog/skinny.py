@@ -9,9 +9,9 @@ from typing import NamedTuple
 from cugemm import arch
 from cugemm.arch import Device
 from cugemm.catalog import gemm
-from cugemm.catalog.step import REACHED, Step, Zero
+from cugemm.catalog.step import NULL, REACHED, Step, Zero
 from cugemm.formats import BF16, E2M1X2, E4M3, E5M2, E8M0, ELEMENTS, FP16, INT4X2, INT8
-from cugemm.problem import BUCKETS, FLOATS8, FLOATS16, GemmCall, Problem
+from cugemm.problem import BUCKETS, FLOATS8, FLOATS16, OUT, GemmCall, Problem
 from cugemm.scales import ceil_div
 
 _MOST_ROWS = 64
@@ -22,7 +22,7 @@ _RIGHT = (*FLOATS16, *FLOATS8, E2M1X2.name, INT8.name, INT4X2.name)
 
 class Config(NamedTuple):
     """Warps of a CTA, those of them that share a tile, its rows in 16s, the ring, the CTAs of a cluster, which cut k, and how many clusters
-    each matrix gets; `ctas`: that share an SM."""
+    each matrix gets; `ctas`: that share an SM; `parts`: CTAs that cut k where there are no clusters."""
 
     tokens: int
     warps: int
@@ -33,6 +33,11 @@ class Config(NamedTuple):
     ctas: int
     clusters: int = 1
     pdl: str = ""
+    parts: int = 1
+
+    @property
+    def cuts(self) -> int:
+        return self.split * self.parts
 
     @property
     def threads(self) -> int:
@@ -41,7 +46,8 @@ class Config(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.tokens} tokens, {16 * self.row_blocks} columns, warps {self.warps // self.warps_k}x{self.warps_k}, "
-            f"{self.stages} stages, {self.clusters} clusters of {self.split}"
+            f"{self.stages} stages, "
+            + (f"{self.clusters} x {self.parts} parts of k" if self.parts > 1 else f"{self.clusters} clusters of {self.split}")
         )
 
 
@@ -119,11 +125,12 @@ class Skinny:
             return self.invariant(problem, target, device)
         whole = 1 << (_rows(problem) - 1).bit_length()
         few = whole <= _FEW
-        shapes = [s for s in (_SHAPES if few else _WIDE) if s[4] == 1 or "cluster" in target.features]
+        clusters = "cluster" in target.features
+        shapes = [s for s in (_SHAPES if few else _WIDE) if s[4] == 1 or clusters or problem.scratch]
         held = {whole} if few else {_FEW, 32, whole}
         if problem.grouped:  # some segments are longer than others
             held = {min(whole, _FEW), 2 * min(whole, _FEW)}
-        wanted = [Config(tokens, *s, pdl=problem.pdl) for tokens, s in itertools.product(sorted(held), shapes)]
+        wanted = [_config(tokens, s, clusters)._replace(pdl=problem.pdl) for tokens, s in itertools.product(sorted(held), shapes)]
         for stages in (4, 3, 2):  # rings are shorter only where none fits as it should be
             configs = [c._replace(stages=min(c.stages, stages)) for c in wanted]
             fitting = [c for c in configs if _fits(problem, c, target)]
@@ -132,8 +139,8 @@ class Skinny:
         return ()
 
     def invariant(self, problem: Problem, target: arch.Arch, device: Device) -> tuple[Config, ...]:
-        """Those that add up in the order that is best for 16 rows, whatever m is."""
-        usual = problem._replace(m=_FEW, batch=1, grouped=False, batch_invariant=False, pdl="")
+        """Those that add up in the order that is best for 16 rows, whatever m is; no parts of k, whose memory would grow with m."""
+        usual = problem._replace(m=_FEW, batch=1, grouped=False, batch_invariant=False, pdl="", scratch=False)
         best = min(self.candidates(usual, device), key=lambda c: self.cost(usual, c, device), default=None)
         if best is None:
             return ()
@@ -149,7 +156,7 @@ class Skinny:
         clusters = config.clusters * _pieces(problem, config)
         resident = _resident(config, device)
         waves = ceil_div(clusters, resident)
-        ctas = min(config.ctas, ceil_div(clusters * config.split, device.sm_count))
+        ctas = min(config.ctas, ceil_div(clusters * config.cuts, device.sm_count))
 
         blocks = ceil_div(config.tokens, 8)
         products = _chunk(problem) // 8 * blocks
@@ -163,6 +170,9 @@ class Skinny:
 
         memory = _bytes(problem, config)
         launch = _LAUNCH_US + _CLUSTER_US * (config.split > 1)
+        if config.parts > 1:  # another launch, which reads what this one writes
+            rows = problem.m * (1 if problem.grouped else problem.batch)
+            launch += _LAUNCH_US + 8 * config.parts * rows * problem.n / (device.read_gbs * 1e3)
         spent = waves * clock * 1e-3
         return launch + before + math.hypot(work * spent, latency * spent, memory / (device.read_gbs * 1e3))
 
@@ -171,11 +181,29 @@ class Skinny:
         tiles = call.batch * ceil_div(call.m, config.tokens)
         if problem.grouped:  # as many as any segmentation can need
             tiles = call.m // config.tokens + min(call.batch, call.m)
-        grid, smem = config.clusters * config.split * tiles, _smem(problem, config)
+        grid, smem = config.clusters * config.cuts * tiles, _smem(problem, config)
+        how = (_defines(problem, config), grid, config.threads, smem, config.pdl, config.clusters)
         some = call.segments != ""  # without segments, no row is left out
-        return gemm.steps(
-            call, self.name, _defines(problem, config), grid, config.threads, smem, config.pdl, config.clusters, clear=some
+        if config.parts == 1:
+            return gemm.steps(call, self.name, *how, clear=some)
+        plain = call._replace(
+            problem=problem._replace(out="float32"), out_strides=(call.m * call.n, call.n, 1), bias_dtype=None, bias_strides=(0, 0)
         )  # fmt: skip
+        multiply = gemm.steps(plain, self.name, *how)[-1]
+        defines = (("TOKENS", config.tokens), ("PARTS", config.parts))
+        *before, add_up = gemm.steps(call, "reduce", defines, tiles * ceil_div(call.n, 64), 128, 0, clear=some)
+        assert isinstance(multiply, Step) and isinstance(add_up, Step)
+        sums, size = OUT + 1 + len(call.workspaces), config.parts * call.m * call.n * (1 if problem.grouped else call.batch)
+        a, b, _, a_scale, b_scale, *_ = multiply.pointers
+        pointers = (a, b, sums, a_scale, b_scale, *[NULL] * 5, *multiply.pointers[10:])  # factors and bias wait for the other kernel
+        multiply = multiply._replace(pointers=pointers, scalars=(NULL, NULL, NULL), scratch=size)
+        return (*before, multiply, add_up._replace(pointers=(sums, *add_up.pointers[1:])))
+
+
+def _config(tokens: int, shape: tuple[int, int, int, int, int, int], clusters: bool) -> Config:
+    """One of the shapes; without clusters k is cut into parts."""
+    config = Config(tokens, *shape)
+    return config if clusters else config._replace(split=1, parts=config.split)
 
 
 def _chunk(problem: Problem) -> int:
@@ -217,12 +245,12 @@ def _clusters(problem: Problem, config: Config, device: Device) -> int:
 
 def _resident(config: Config, device: Device) -> int:
     """Clusters that the GPU holds at once."""
-    return max(1, int(device.sm_count * config.ctas * REACHED[config.split] // config.split))
+    return max(1, int(device.sm_count * config.ctas * REACHED[config.split] // config.cuts))
 
 
 def _steps(problem: Problem, config: Config) -> int:
     """Of a CTA, along k."""
-    return ceil_div(ceil_div(problem.k, _step(problem)), config.split)
+    return ceil_div(ceil_div(problem.k, _step(problem)), config.cuts)
 
 
 def _rows_bytes(problem: Problem, config: Config) -> int:
@@ -277,6 +305,7 @@ def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
         ("ROW_BLOCKS", config.row_blocks),
         ("STAGES", config.stages),
         ("SPLIT", config.split),
+        ("PARTS", config.parts),
         ("MIN_CTAS", config.ctas),
     )
 

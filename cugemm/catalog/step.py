@@ -31,7 +31,8 @@ class Step(NamedTuple):
     """One kernel launch.
 
     The argument struct is the pointers at `pointers`, the floats at `scalars` (1.0 where the call has none), then `tail`. pdl: it may begin
-    before the kernel ahead of it in the stream has ended, and waits by itself.
+    before the kernel ahead of it in the stream has ended, and waits by itself. scratch: floats that the call's steps leave for each other,
+    the workspace behind those that the call itself names.
     """
 
     source: str
@@ -43,6 +44,7 @@ class Step(NamedTuple):
     scalars: tuple[int, ...]
     tail: bytes
     pdl: bool = False
+    scratch: int = 0
 
 
 class Kernel(Protocol):

@@ -24,6 +24,11 @@ __device__ __forceinline__ Work rows_of(const Args& args, u32 number) {
 }
 __device__ __forceinline__ i32 tokens_of(const Work& work) { return work.any ? smaller(TOKENS, work.row_end - work.row_begin) : 0; }
 
+// Elements of D: where CTAs that are no cluster cut k, each part leaves so many sums.
+__device__ __forceinline__ i64 sums_of_part(const Args& args) {
+    return static_cast<i64>(args.m) * args.n * (args.grouped == 1 ? 1 : args.batch);
+}
+
 // Of D, and of A: -1 where `gather` names none.
 __device__ __forceinline__ i32 result_row(const Args& args, const Work& work, int token) {
     const i32 position = work.row_begin + token;
@@ -160,8 +165,9 @@ struct Factors {
             bias[r] = args.bias ? load_float(args.bias, at.work.expert * args.bias_expert + n, args.bias_type) : 0.f;
         }
     }
-    // sum * row[m] * column[n] * alpha + bias[n], in this order.
-    __device__ __forceinline__ void store(const Args& args, const Place& at, i32 tile, int part, const float (&sum)[4]) const {
+    // sum * row[m] * column[n] * alpha + bias[n], in this order; D begins `from` elements behind args.out.
+    __device__ __forceinline__ void store(const Args& args, const Place& at, i32 tile, int part, const float (&sum)[4],
+                                          i64 from = 0) const {
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
             const i32 n = tile * kRows + part / kTokenBlocks * 16 + v / 2 * 8 + at.g, token = part % kTokenBlocks * 8 + at.t * 2 + v % 2;
@@ -170,7 +176,7 @@ struct Factors {
             if (args.bias_row != 0) b = load_float(args.bias, to[v % 2] * args.bias_row + n, args.bias_type);  // of each row
             const float x = none[v % 2] ? 0.f : sum[v] * kResidue * row[v % 2] * column[v / 2] * alpha + b;
             const float four[4] = {x, 0.f, 0.f, 0.f};
-            store_four(args.out, at.work.batch * args.out_batch + to[v % 2] * args.out_row + n * args.out_column, args.out_column,
+            store_four(args.out, from + at.work.batch * args.out_batch + to[v % 2] * args.out_row + n * args.out_column, args.out_column,
                        args.out_type, four, 1);
         }
     }
