@@ -20,22 +20,15 @@ constexpr int kStepBytes = kStepValues / 8 * kCoreBytes;  // of A
 constexpr int kTileParts = ROW_BLOCKS * kTokenBlocks;     // of a warp's tile: 16 columns and 8 rows of D
 constexpr int kSources = SPLIT * WARPS_K;                 // of the sums of each part
 constexpr int kMail = (4 * kGroups * kTileParts + SPLIT - 1) / SPLIT * kSources * 512;
-// Registers of a thread: as many as a launch gives all of them, of which producers need few.
-constexpr int kGiven = smaller(248, 65536 / MIN_CTAS / kThreads / 8 * 8);
-constexpr int kCopyRegisters = WARPGROUPS * MIN_CTAS <= 2 ? 88 : WARPGROUPS * MIN_CTAS == 3 ? 80 : 64;
-constexpr int kMathRegisters = smaller(232, (kGiven * (WARPGROUPS + 1) - kCopyRegisters) / WARPGROUPS / 8 * 8);
-constexpr bool kMoveRegisters = kGiven < 248;
-static_assert(!kMoveRegisters || (kCopyRegisters <= kGiven && kMathRegisters >= kGiven));
 static_assert(TOKENS % 8 == 0 && WARPGROUPS % WARPS_K == 0);
 
 // Where things are in shared memory, and the steps of A in it.
 struct Shared {
-    u32 barriers, rows, x, mail, rings;
+    u32 barriers, x, mail, rings;
     i32 x_stages;
 
     __device__ __forceinline__ Shared(u32 first, i32 steps) : barriers(first), x_stages(X_STAGES ? X_STAGES : steps) {
-        rows = first + 16 + 16 * x_stages;
-        x = (rows + 8 * TOKENS + 127) / 128 * 128;
+        x = first + (16 * x_stages + 16 + 127) / 128 * 128;
         mail = x + x_stages * kStepBytes;
         rings = mail + kMail;
     }
@@ -67,12 +60,13 @@ struct Producer {
 
     const Args& args;
     bool pieces;
-    int lane, first;    // the warp's first token
-    u32 rows, place;    // where its copies find their rows, and the place of the first one
-    int unit, token;    // of the first task; token counts from `first`
-    u32 task, swapped;  // its place, and how far from its own places its first two pieces lie
+    int lane, first;         // the warp's first token
+    const u8* row[kCopies];  // where its copies begin in the first step; null: no row
+    u32 place;               // of the first copy
+    int unit, token;         // of the first task; token counts from `first`
+    u32 task, swapped;       // its place, and how far from its own places its first two pieces lie
 
-    __device__ __forceinline__ Producer(const Args& args, const Place& at, const Shared& shared, int warp)
+    __device__ __forceinline__ Producer(const Args& args, const Place& at, int warp)
         : args(args),
           lane(at.lane),
           first(warp % kTeam * kWarpTokens),
@@ -80,10 +74,11 @@ struct Producer {
           token(lane % 8 + lane / (16 * kUnits) * 8) {
         const int piece = lane % kPieces;
         pieces = args.a_k == 1 && args.k % 8 == 0 && (args.a | (args.a_row | at.work.batch * args.a_batch) * kRowValueBytes) % 16 == 0;
-        for (int token = lane; token < kWarpTokens; token += 32)
-            store_shared_u64(shared.rows + (first + token) * 8, reinterpret_cast<u64>(row_of(at, first + token)));
-        __syncwarp();
-        rows = shared.rows + (first + lane / kPieces) * 8;
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) {
+            const u8* p = row_of(at, first + i * kCopyTokens + lane / kPieces);
+            row[i] = p ? p + piece * 8 * kRowValueBytes : nullptr;
+        }
         // Pieces lie where the lane that arranges them expects those of chunk t, but for every second two units of four, which swap theirs:
         // those of a line are in different banks then.
         const int own = piece / (4 * kUnits) * kUnits + piece % kUnits, t = piece / kUnits % 4;
@@ -106,9 +101,8 @@ struct Producer {
     __device__ __forceinline__ void fetch(i32 k, u32 to) const {
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) {
-            const u64 row = load_shared_u64(rows + i * kCopyTokens * 8);  // null: none, and whatever is multiplied there is not stored
-            const u8* p = reinterpret_cast<const u8*>(row) + (k + lane % kPieces * 8) * kRowValueBytes;
-            if (row) copy_async<8 * kRowValueBytes>(to + place + i * kCopyTokens * 16, p);
+            if (row[i])  // else whatever is multiplied there is not stored
+                copy_async<8 * kRowValueBytes>(to + place + i * kCopyTokens * 16, row[i] + k * kRowValueBytes);
         }
     }
     __device__ __forceinline__ void arrange(u32 to) const {
@@ -143,7 +137,7 @@ struct Producer {
 
 __device__ __forceinline__ void produce(const Args& args, const Place& at, const Shared& shared, int warp, i32 turns) {
     if (warp >= Producer::kTeams * Producer::kTeam) return;
-    const Producer producer(args, at, shared, warp);
+    const Producer producer(args, at, warp);
     const u32 total = (X_STAGES ? turns : smaller(turns, 1)) * at.steps;
     const u32 first = warp / Producer::kTeam;
     u32 ahead = first;  // the next step to be fetched, and where it begins
@@ -232,11 +226,12 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
     u32 nan[ROW_BLOCKS * 2] = {};
     BlockScales block(fetch.args, at, tile);
     Fragments f[2];
-    Chunk raw[2][ROW_BLOCKS * 2];
-    u32 scale[2][ROW_BLOCKS * 2][2] = {};
-    const auto take = [&] {  // the next step, out of the ring
+#pragma unroll 1
+    for (i32 round = 0; round < at.rounds; ++round) {
         copy_async_wait<STAGES - 2>();
         __syncwarp();  // lanes read what others fetched, and all are done with the stage that is filled next
+        Chunk raw[2][ROW_BLOCKS * 2];
+        u32 scale[2][ROW_BLOCKS * 2][2] = {};
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
 #pragma unroll
@@ -246,10 +241,6 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
         }
         stage = stage == fetch.ring + (STAGES - 1) * kStageBytes ? fetch.ring : stage + kStageBytes;
         fetch.next();
-    };
-    if (at.rounds > 0) take();
-#pragma unroll 1
-    for (i32 round = 0; round < at.rounds; ++round) {
         if constexpr (kLookForNan) {
 #pragma unroll
             for (int i = 0; i < ROW_BLOCKS * 8; ++i) {
@@ -258,12 +249,8 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
             }
         }
         const i32 step = round * WARPS_K + at.warp_k;
-        const bool more = round + 1 < at.rounds;
         if constexpr (SCALE_BLOCK != 0) block.load(fetch.args, at.first_step + step);
-        if (step >= at.steps) {  // other warpgroups, or CTAs, have one step more
-            if (more) take();
-            continue;
-        }
+        if (step >= at.steps) continue;  // other warpgroups, or CTAs, have one step more
         const u32 slot = shared.slot(number + step), x = shared.x + slot * kStepBytes;
         Sums part = {};
 #pragma unroll
@@ -272,7 +259,6 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
             if (c == 0) mbarrier_wait(shared.full(slot), shared.parity(number + step));
             multiply(SCALE_BLOCK == 0 ? sum : part, f[c], x + c * kProducts * 2 * kCoreBytes);
             if (c == 0 && kParts == 1) continue;
-            if (c == 1 && more) take();
             wgmma_wait<0>();
             keep(f[0]);
             if (c == 1) keep(f[1]);
@@ -414,10 +400,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
     cluster_arrive();  // nobody writes to a CTA that has not begun
 #endif
     if (warp < kConsumers) {
-        if (kMoveRegisters) more_registers<kMathRegisters>();
         consume(args, at, shared, warp, rank, turns);
     } else {
-        if (kMoveRegisters) fewer_registers<kCopyRegisters>();
         wait_for_predecessor();
         __syncthreads();
         produce(args, at, shared, warp - kConsumers, turns);

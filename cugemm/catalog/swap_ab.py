@@ -91,7 +91,7 @@ def smem(problem: Problem, config: Config) -> int:
     parts = config.columns // 16 * ceil_div(config.tokens, 8)
     mail = ceil_div(parts, config.split) * config.split * config.warps_k * 512
     rings = 4 * config.warpgroups * config.stages * 16 * config.row_blocks * (128 + 4 * words)
-    return ceil_div(16 * rows + 16 + 8 * config.tokens, 128) * 128 + rows * chunk * 16 * (config.tokens + 1) + mail + rings
+    return ceil_div(16 * rows + 16, 128) * 128 + rows * chunk * 16 * (config.tokens + 1) + mail + rings
 
 
 def clusters(problem: Problem, config: Config, device: Device) -> int:

@@ -228,11 +228,6 @@ __device__ __forceinline__ Chunk load_shared_16(u32 p) {
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(c.word[0]), "=r"(c.word[1]), "=r"(c.word[2]), "=r"(c.word[3]) : "r"(p));
     return c;
 }
-__device__ __forceinline__ u64 load_shared_u64(u32 p) {
-    u64 v;
-    asm volatile("ld.shared.u64 %0, [%1];" : "=l"(v) : "r"(p));
-    return v;
-}
 __device__ __forceinline__ u32 load_shared_u16(u32 p) {
     u16 v;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(p));
@@ -244,7 +239,6 @@ __device__ __forceinline__ u32 load_shared_u8(u32 p) {
     return v;
 }
 __device__ __forceinline__ void store_shared_u32(u32 p, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(p), "r"(v) : "memory"); }
-__device__ __forceinline__ void store_shared_u64(u32 p, u64 v) { asm volatile("st.shared.u64 [%0], %1;" ::"r"(p), "l"(v) : "memory"); }
 __device__ __forceinline__ void barrier_sync(int number, int threads) {  // of some of the CTA's warps; number 0 is __syncthreads
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
@@ -315,15 +309,6 @@ __device__ __forceinline__ void mbarrier_wait_cluster(u32 barrier, u32 parity) {
 // touched between the fence before it and the wait behind it.
 __device__ __forceinline__ void fence_async_proxy() {  // what this thread has written to shared memory is there for products
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-// Registers of each of the warpgroup's threads, a multiple of 8: how many it hands back, or waits for, to have so many.
-template <int kCount>
-__device__ __forceinline__ void fewer_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
-}
-template <int kCount>
-__device__ __forceinline__ void more_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -251,11 +251,6 @@ inline Chunk load_shared_16(u32 p) {
     memcpy(&c, emulator::at(p, 16), 16);
     return c;
 }
-inline u64 load_shared_u64(u32 p) {
-    u64 v;
-    memcpy(&v, emulator::at(p, 8), 8);
-    return v;
-}
 inline u32 load_shared_u16(u32 p) {
     u16 v;
     memcpy(&v, emulator::at(p, 2), 2);
@@ -263,7 +258,6 @@ inline u32 load_shared_u16(u32 p) {
 }
 inline u32 load_shared_u8(u32 p) { return *emulator::at(p, 1); }
 inline void store_shared_u32(u32 p, u32 v) { emulator::store(p, &v, 4); }
-inline void store_shared_u64(u32 p, u64 v) { emulator::store(p, &v, 8); }
 inline void wait_for_predecessor() { emulator::wait_for_predecessor(); }
 inline u32 clock_cycles() { return emulator::random(); }
 inline void sleep_ns(u32 ns) {  // one lane holds up its warp: the longest of 32 would be the same everywhere
@@ -302,10 +296,6 @@ inline void mbarrier_wait(u32 barrier, u32 parity) {
 inline void mbarrier_wait_cluster(u32 barrier, u32 parity) { mbarrier_wait(barrier, parity); }
 
 inline void fence_async_proxy() { emulator::show_stores(); }
-template <int kCount>
-void fewer_registers() {}
-template <int kCount>
-void more_registers() {}
 inline void wgmma_fence() { emulator::self->fenced = true; }  // only its absence all along shows
 inline void wgmma_commit() { ++emulator::self->group; }
 template <int kPending>
