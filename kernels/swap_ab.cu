@@ -2,39 +2,34 @@
 // from shared memory to registers, and rows of A ("tokens") their 8 to 128 columns, read from shared memory. sm_90a.
 //
 //   weights  each warp copies what it will decode itself, STAGES - 1 steps of 128 bytes a row ahead and across tiles (weights.cuh): no
-//            barrier, and while one half of a step is multiplied the other one is decoded
-//   A        four warps bring each step's rows of A in the order that decoded weights ask for, into X_STAGES steps that they fill again, or
-//            (X_STAGES = 0) into room for all of them, which then serves every tile
+//            barrier, and while the first half of a step is multiplied the other one is decoded
+//   A        four warps bring rows of A for step after step, X_STAGES at once, and lay them down as decoded weights ask for
 //   k        SPLIT CTAs of a cluster cut k into runs of steps; in each, WARPS_K warpgroups take its steps in turn
-//   rows     WARPGROUPS / WARPS_K warpgroups take 64 * ROW_BLOCKS weight rows each; clusters take tiles in turn
+//   rows     WARPGROUPS / WARPS_K warpgroups take 64 weight rows each; clusters take tiles in turn
 //   sums     that several warpgroups have are mailed, part by part, to the warp that stores the part, which adds them up in one order
 //   launch   may begin before its predecessor has ended: weights are prefetched or loaded then, everything else waits
 //
 // Not handled: what rows.cuh and weights.cuh do not. Learned from: swap-AB kernels as FlashInfer's TGV and DeepGEMM's (roles, producers).
+#define ROW_BLOCKS 1
 #include "common/rows.cuh"
 
 constexpr int kConsumers = 4 * WARPGROUPS, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
 constexpr int kGroups = WARPGROUPS / WARPS_K;
 constexpr int kCoreBytes = TOKENS * 16 + 16;              // 8 values along k of all tokens, and what spreads them over banks
 constexpr int kStepBytes = kStepValues / 8 * kCoreBytes;  // of A
-constexpr int kTileParts = ROW_BLOCKS * kTokenBlocks;     // of a warp's tile: 16 columns and 8 rows of D
-constexpr int kSources = SPLIT * WARPS_K;                 // of the sums of each part
-constexpr int kMail = (4 * kGroups * kTileParts + SPLIT - 1) / SPLIT * kSources * 512;
+constexpr int kSources = SPLIT * WARPS_K;                 // of the sums of each part: 16 columns and 8 rows of D
+constexpr int kMail = (4 * kGroups * kTokenBlocks + SPLIT - 1) / SPLIT * kSources * 512;
 static_assert(TOKENS % 8 == 0 && WARPGROUPS % WARPS_K == 0);
 
 // Where things are in shared memory, and the steps of A in it.
 struct Shared {
     u32 barriers, x, mail, rings;
-    i32 x_stages;
 
-    __device__ __forceinline__ Shared(u32 first, i32 steps) : barriers(first), x_stages(X_STAGES ? X_STAGES : steps) {
-        x = first + (16 * x_stages + 16 + 127) / 128 * 128;
-        mail = x + x_stages * kStepBytes;
-        rings = mail + kMail;
-    }
+    __device__ __forceinline__ explicit Shared(u32 first)
+        : barriers(first), x(first + (16 * X_STAGES + 16 + 127) / 128 * 128), mail(x + X_STAGES * kStepBytes), rings(mail + kMail) {}
     // Step `number` of all that the CTA goes through: here it is when `full` ends its phase, it may go when `empty` does.
-    __device__ __forceinline__ u32 slot(u32 number) const { return X_STAGES ? number % (X_STAGES ? X_STAGES : 1) : number; }
-    __device__ __forceinline__ u32 parity(u32 number) const { return X_STAGES ? number / (X_STAGES ? X_STAGES : 1) % 2 : 0; }
+    __device__ __forceinline__ u32 slot(u32 number) const { return number % X_STAGES; }
+    __device__ __forceinline__ u32 parity(u32 number) const { return number / X_STAGES % 2; }
     __device__ __forceinline__ u32 full(u32 slot) const { return barriers + 16 + 16 * slot; }
     __device__ __forceinline__ u32 empty(u32 slot) const { return barriers + 24 + 16 * slot; }
     __device__ __forceinline__ u32 mail_full() const { return barriers; }
@@ -53,9 +48,10 @@ struct Producer {
     static constexpr int kWarpTokens = TOKENS / kTeam;
     static constexpr int kCopies = kWarpTokens * kPieces / 32, kCopyTokens = 32 / kPieces;   // of a lane, and tokens of each
     static constexpr int kTasks = kWarpTokens * 2 * kUnits, kEach = larger(1, kTasks / 32);  // of a warp, and of a lane
-    // Each slot has one team that fills it, and one warpgroup of WARPS_K that reads it: phases of one parity are never mistaken.
-    static constexpr int kTeams = smaller(kProducers / kTeam, X_STAGES == 0 || X_STAGES % 8 == 0 ? 4 : X_STAGES % 4 == 0 ? 2 : 1);
-    static constexpr int kAhead = X_STAGES ? X_STAGES / kTeams - 1 : 3;  // steps of a team under way
+    // Each slot has one team that fills it, and in a tile one warpgroup of WARPS_K that reads it: phases of one parity are never mistaken.
+    // From tile to tile the reader may change, but tiles of several warpgroups meet in the mail.
+    static constexpr int kTeams = smaller(kProducers / kTeam, X_STAGES % 8 == 0 ? 4 : X_STAGES % 4 == 0 ? 2 : 1);
+    static constexpr int kAhead = X_STAGES / kTeams - 1;  // steps of a team under way
     static_assert(X_STAGES % WARPS_K == 0 && kAhead > 0);
 
     const Args& args;
@@ -80,20 +76,20 @@ struct Producer {
             row[i] = p ? p + piece * 8 * kRowValueBytes : nullptr;
         }
         // Pieces lie where the lane that arranges them expects those of chunk t, but for every second two units of four, which swap theirs:
-        // those of a line are in different banks then.
+        // with kCoreBytes as it is, those of a line are in different banks then.
         const int own = piece / (4 * kUnits) * kUnits + piece % kUnits, t = piece / kUnits % 4;
         place = (own * 4 + (t ^ (kUnits == 4 ? own & 2 : 0))) * kCoreBytes + (first + lane / kPieces) * 16;
         task = unit * 4 * kCoreBytes + (first + token) * 16;
         swapped = kUnits == 4 && unit & 2 ? 2 * kCoreBytes : 0;
     }
-    __device__ __forceinline__ const u8* row_of(const Place& at, int token) const {
-        const i32 source = token < tokens_of(at.work) ? source_row(args, result_row(args, at.work, token)) : -1;
+    __device__ __forceinline__ const u8* row_of(const Place& at, int number) const {
+        const i32 source = number < tokens_of(at.work) ? source_row(args, result_row(args, at.work, number)) : -1;
         const i64 begin = at.work.batch * args.a_batch + source * args.a_row;
         return source < 0 ? nullptr : reinterpret_cast<const u8*>(args.a) + begin * kRowValueBytes;
     }
     // Task e of a lane: tokens vary first. Its unit and token are those of task 0, and so many more.
-    static constexpr int units_on(int e) { return e * 4 % (2 * kUnits); }
-    static constexpr int tokens_on(int e) { return e * 2 / kUnits * 8; }
+    static __device__ constexpr int units_on(int e) { return e * 4 % (2 * kUnits); }
+    static __device__ constexpr int tokens_on(int e) { return e * 2 / kUnits * 8; }
     __device__ __forceinline__ bool whole(i32 k) const { return pieces && k + kStepValues <= args.k; }
     __device__ __forceinline__ bool idle() const { return kTasks < 32 && lane >= kTasks; }
 
@@ -138,7 +134,7 @@ struct Producer {
 __device__ __forceinline__ void produce(const Args& args, const Place& at, const Shared& shared, int warp, i32 turns) {
     if (warp >= Producer::kTeams * Producer::kTeam) return;
     const Producer producer(args, at, warp);
-    const u32 total = (X_STAGES ? turns : smaller(turns, 1)) * at.steps;
+    const u32 total = turns * at.steps;
     const u32 first = warp / Producer::kTeam;
     u32 ahead = first;  // the next step to be fetched, and where it begins
     i32 step = first;
@@ -149,7 +145,8 @@ __device__ __forceinline__ void produce(const Args& args, const Place& at, const
     const auto fetch = [&] {
         if (ahead < total) {
             const u32 slot = shared.slot(ahead);
-            if (X_STAGES && ahead >= X_STAGES) mbarrier_wait(shared.empty(slot), shared.parity(ahead) ^ 1);
+            delay();
+            if (ahead >= X_STAGES) mbarrier_wait(shared.empty(slot), shared.parity(ahead) ^ 1);
             const i32 k = begin(step);
             if (producer.whole(k)) producer.fetch(k, shared.x + slot * kStepBytes);
             ahead += Producer::kTeams, step += Producer::kTeams;
@@ -169,6 +166,7 @@ __device__ __forceinline__ void produce(const Args& args, const Place& at, const
             producer.arrange(to);
         else
             producer.move(at, k, to);
+        delay();
         fence_async_proxy();
         __syncwarp();
         if (at.lane == 0) mbarrier_arrive(shared.full(slot));
@@ -180,26 +178,23 @@ __device__ __forceinline__ void produce(const Args& args, const Place& at, const
 // Main loop -----------------------------------------------------------------------------------------------------------------------
 
 constexpr int kProducts = 2 * kUnits;  // of half a step
-using Fragments = u32[kProducts][ROW_BLOCKS][4];
+using Fragments = u32[kProducts][4];
 
 template <int kUnit>
-__device__ __forceinline__ void decode_units(Fragments& f, const Chunk (&raw)[ROW_BLOCKS * 2], const u32 (&scale)[ROW_BLOCKS * 2][2]) {
+__device__ __forceinline__ void decode_units(Fragments& f, const Chunk (&raw)[2], const u32 (&scale)[2][2]) {
     constexpr int kBlock = kScaleOfUnit<kUnit>;
-#pragma unroll
-    for (int i = 0; i < ROW_BLOCKS; ++i)
-        decode_fragments<kUnit>(raw[2 * i], raw[2 * i + 1], scale[2 * i][kBlock], scale[2 * i + 1][kBlock], f[2 * kUnit][i],
-                                f[2 * kUnit + 1][i]);
+    decode_fragments<kUnit>(raw[0], raw[1], scale[0][kBlock], scale[1][kBlock], f[2 * kUnit], f[2 * kUnit + 1]);
     if constexpr (kUnit + 1 < kUnits) decode_units<kUnit + 1>(f, raw, scale);
 }
 
 // NOTE: the compiler takes registers for free that a product still reads, and copies sums ahead of the wait, unless they are used behind it.
 __device__ __forceinline__ void keep(const Fragments& f) {
 #pragma unroll
-    for (int i = 0; i < kProducts * ROW_BLOCKS * 4; ++i) wgmma_keep(f[i / (ROW_BLOCKS * 4)][i / 4 % ROW_BLOCKS][i % 4]);
+    for (int i = 0; i < kProducts * 4; ++i) wgmma_keep(f[i / 4][i % 4]);
 }
 __device__ __forceinline__ void keep(Sums& sum) {
 #pragma unroll
-    for (int i = 0; i < kTileParts * 4; ++i) wgmma_keep(sum[i / 4 / kTokenBlocks][i / 4 % kTokenBlocks][i % 4]);
+    for (int i = 0; i < kTokenBlocks * 4; ++i) wgmma_keep(sum[0][i / 4][i % 4]);
 }
 
 // Begins the products of half a step; x: its rows of A.
@@ -209,13 +204,10 @@ __device__ __forceinline__ void multiply(Sums& sum, const Fragments& f, u32 x) {
 #pragma unroll
     for (int p = 0; p < kProducts; ++p) {
         const u64 b = first + p * (2 * kCoreBytes / 16);
-#pragma unroll
-        for (int i = 0; i < ROW_BLOCKS; ++i) {
-            if constexpr (kComputeBf16)
-                wgmma_bf16(sum[i], f[p][i], b);
-            else
-                wgmma_fp16(sum[i], f[p][i], b);
-        }
+        if constexpr (kComputeBf16)
+            wgmma_bf16(sum[0], f[p], b);
+        else
+            wgmma_fp16(sum[0], f[p], b);
     }
     wgmma_commit();
 }
@@ -223,27 +215,26 @@ __device__ __forceinline__ void multiply(Sums& sum, const Fragments& f, u32 x) {
 // Sums of one tile over this warpgroup's steps. `number`: of the tile's first step.
 __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch& fetch, const Shared& shared, i32 tile, u32& stage,
                                               u32 number) {
-    u32 nan[ROW_BLOCKS * 2] = {};
+    u32 nan[2] = {};
     BlockScales block(fetch.args, at, tile);
     Fragments f[2];
 #pragma unroll 1
     for (i32 round = 0; round < at.rounds; ++round) {
         copy_async_wait<STAGES - 2>();
         __syncwarp();  // lanes read what others fetched, and all are done with the stage that is filled next
-        Chunk raw[2][ROW_BLOCKS * 2];
-        u32 scale[2][ROW_BLOCKS * 2][2] = {};
+        Chunk raw[2][2];
+        u32 scale[2][2][2] = {};
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
 #pragma unroll
-            for (int i = 0; i < ROW_BLOCKS * 2; ++i)
-                raw[c][i] = load_shared_16(stage + (i * 8 + at.g) * 128 + at.t * 16 + (c ^ at.g % 2) * 64);
+            for (int i = 0; i < 2; ++i) raw[c][i] = load_shared_16(stage + (i * 8 + at.g) * 128 + at.t * 16 + (c ^ at.g % 2) * 64);
             load_scales(scale[c], at, stage, c);
         }
         stage = stage == fetch.ring + (STAGES - 1) * kStageBytes ? fetch.ring : stage + kStageBytes;
         fetch.next();
         if constexpr (kLookForNan) {
 #pragma unroll
-            for (int i = 0; i < ROW_BLOCKS * 8; ++i) {
+            for (int i = 0; i < 8; ++i) {
                 nan[i / 4] |= nan_codes(raw[0][i / 4].word[i % 4]);
                 nan[i / 4] |= nan_codes(raw[1][i / 4].word[i % 4]);
             }
@@ -255,7 +246,8 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
         Sums part = {};
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            decode_units<0>(f[c], raw[c], scale[c]);  // while the half before is multiplied
+            decode_units<0>(f[c], raw[c], scale[c]);  // the second half while the first is multiplied
+            delay();
             if (c == 0) mbarrier_wait(shared.full(slot), shared.parity(number + step));
             multiply(SCALE_BLOCK == 0 ? sum : part, f[c], x + c * kProducts * 2 * kCoreBytes);
             if (c == 0 && kParts == 1) continue;
@@ -270,16 +262,17 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
                 block.add(sum, part, c * (kParts - 1));
             }
         }
-        if (X_STAGES && at.lane == 0) mbarrier_arrive(shared.empty(slot));
+        delay();
+        if (at.lane == 0) mbarrier_arrive(shared.empty(slot));
     }
     if constexpr (kLookForNan) {
 #pragma unroll
-        for (int i = 0; i < ROW_BLOCKS * 2; ++i) {
+        for (int i = 0; i < 2; ++i) {
             nan[i] |= __shfl_xor_sync(~0u, nan[i], 1);  // of the row's four lanes
             nan[i] |= __shfl_xor_sync(~0u, nan[i], 2);
 #pragma unroll
             for (int j = 0; j < kTokenBlocks; ++j)
-                if (nan[i]) sum[i / 2][j][i % 2 * 2] = sum[i / 2][j][i % 2 * 2 + 1] = __uint_as_float(0x7FC00000u);
+                if (nan[i]) sum[0][j][i * 2] = sum[0][j][i * 2 + 1] = __uint_as_float(0x7FC00000u);
         }
     }
 }
@@ -301,9 +294,9 @@ struct Mail {
     __device__ __forceinline__ void send(const Sums& sum, i32 turn) const {
         if (kSources > 1 && turn > 0) wait(shared.mail_empty(), turn % 2 ^ 1);
 #pragma unroll
-        for (int part = 0; part < kTileParts; ++part) {
-            const int q = at.group * kTileParts + part;
-            const float (&s)[4] = sum[part / kTokenBlocks][part % kTokenBlocks];
+        for (int part = 0; part < kTokenBlocks; ++part) {
+            const int q = at.group * kTokenBlocks + part;
+            const float (&s)[4] = sum[0][part];
             if constexpr (SPLIT > 1)
                 store_remote_16(letter(q, rank * WARPS_K + at.warp_k), q % SPLIT, s);
             else
@@ -321,20 +314,20 @@ struct Mail {
             mbarrier_arrive(barrier);
         }
     }
-    // first: number of the first of the CTA's tiles of 16 * ROW_BLOCKS columns.
+    // first: number of the first of the CTA's tiles of 16 columns.
     __device__ __forceinline__ void finish(const Args& args, i32 turn, i32 first) const {
         if (kSources > 1) wait(shared.mail_full(), turn % 2);
-        const int begin = kSources > 1 ? warp * SPLIT + rank : at.group * kTileParts;
-        const int end = kSources > 1 ? 4 * kGroups * kTileParts : begin + kTileParts;
+        const int begin = kSources > 1 ? warp * SPLIT + rank : at.group * kTokenBlocks;
+        const int end = kSources > 1 ? 4 * kGroups * kTokenBlocks : begin + kTokenBlocks;
 #pragma unroll 1
         for (int q = begin; q < end; q += kSources > 1 ? kConsumers * SPLIT : 1) {
-            const i32 tile = first + q / kTileParts;
+            const i32 tile = first + q / kTokenBlocks;
             if (tile >= at.tiles) continue;
             Factors factors;
-            factors.load(args, at, tile, q % kTileParts);
+            factors.load(args, at, tile, q % kTokenBlocks);
             float total[4] = {};
             add_up(total, letter(q, 0), kSources, 512);
-            factors.store(args, at, tile, q % kTileParts, total);
+            factors.store(args, at, tile, q % kTokenBlocks, total);
         }
         arrive(shared.mail_empty());
     }
@@ -359,15 +352,17 @@ __device__ __forceinline__ void consume(const Args& args, const Place& at, const
 #pragma unroll 1
     for (i32 turn = 0; turn < turns; ++turn, tile += at.stride) {
         Sums sum = {};
-        multiply_tile(sum, at, fetch, shared, tile, stage, X_STAGES ? turn * at.steps : 0);
+        multiply_tile(sum, at, fetch, shared, tile, stage, turn * at.steps);
         const Mail mail{shared, at, warp, rank};
+        delay();
         mail.send(sum, turn);
+        delay();
         mail.finish(args, turn, tile - at.group);
     }
     copy_async_wait<0>();
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #if SPLIT > 1
     __cluster_dims__(SPLIT, 1, 1)
 #endif
@@ -386,9 +381,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
     at.work = one ? Work{0, args.m, 0, 0, 0, 0, 0, true} : rows_of(args, number / args.clusters);
     at.tile = cluster * kTiles + at.group, at.tiles = at.work.any ? ceil_div(args.n, kRows) : 0, at.stride = args.clusters * kTiles;
     const i32 turns = larger(0, ceil_div(ceil_div(at.tiles, kTiles) - cluster, args.clusters));
-    const Shared shared(shared_address(shared_bytes), each);
+    const Shared shared(shared_address(shared_bytes));
     if (threadIdx.x == 32 * kConsumers) {
-        for (i32 slot = 0; slot < shared.x_stages; ++slot) {
+        for (i32 slot = 0; slot < X_STAGES; ++slot) {
             mbarrier_init(shared.full(slot), Producer::kTeam);
             mbarrier_init(shared.empty(slot), 4 * kGroups);
         }

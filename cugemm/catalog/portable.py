@@ -84,8 +84,8 @@ _SUMS_US = 0.35
 """For 64 x 64 sums of each CTA of a cluster."""
 _BYTE_SCALES = 1.6
 """How much longer than that of other values the decode of values with byte scales takes."""
-_READ = 0.85
-"""Part of the bandwidth of a pure-read kernel that a product reaches."""
+_READ, _READ_SPLIT = 0.85, 0.68
+"""Part of the bandwidth of a pure-read kernel that a product reaches, and one whose clusters cut k."""
 
 
 class Portable:
@@ -121,7 +121,7 @@ class Portable:
         busy = work_ns * (full * together(resident) + together(last)) * k * _planes(problem) * 1e-3 * _CALIBRATED_KHZ / device.clock_khz
         rows, weights = (problem.m, min(problem.batch, problem.m)) if problem.grouped else (problem.m * problem.batch, problem.batch)
         values = rows * problem.k * ELEMENTS[problem.a].bits + weights * problem.n * problem.k * ELEMENTS[problem.b].bits
-        memory = (values / 8 + rows * problem.n * 2) / (_READ * device.read_gbs * 1e3)
+        memory = (values / 8 + rows * problem.n * 2) / ((_READ_SPLIT if config.split > 1 else _READ) * device.read_gbs * 1e3)
         if config.split > 1:  # sums cross from CTA to CTA
             busy += 1.0 + _SUMS_US * config.split * config.block_m * config.block_n / 4096
         return _LAUNCH_US + max(busy, memory)

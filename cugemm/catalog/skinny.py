@@ -8,16 +8,14 @@ from typing import NamedTuple
 
 from cugemm import arch
 from cugemm.arch import Device
-from cugemm.catalog import gemm
+from cugemm.catalog import few_rows, gemm
 from cugemm.catalog.step import NULL, REACHED, Step, Zero
-from cugemm.formats import BF16, E2M1X2, E4M3, E5M2, E8M0, ELEMENTS, FP16, INT4X2, INT8
-from cugemm.problem import BUCKETS, FLOATS8, FLOATS16, OUT, GemmCall, Problem
+from cugemm.formats import BF16, E2M1X2, E4M3, E5M2, E8M0, FP16, INT4X2, INT8
+from cugemm.problem import FLOATS8, OUT, GemmCall, Problem
 from cugemm.scales import ceil_div
 
 _MOST_ROWS = 64
 _FEW = 16
-_LEFT = (*FLOATS16, *FLOATS8)
-_RIGHT = (*FLOATS16, *FLOATS8, E2M1X2.name, INT8.name, INT4X2.name)
 
 
 class Config(NamedTuple):
@@ -83,7 +81,7 @@ _DECODE_NS = {
 _CONVERT_NS = 6.4
 """In place of 10.8 where the hardware converts 8-bit floats to fp16."""
 _BLOCK_NS = 36.0
-"""More where floats scale sums of 128."""
+"""More where floats scale sums of 128, of up to 16 rows; of more, as the square of them."""
 _MULTIPLY_NS = 2.0
 _LATENCY = 2.5
 """How much longer a warp takes for a step, which it does not share with others."""
@@ -93,10 +91,6 @@ _SUM_NS = 58.0
 _STAGE_BYTES = 27.0
 """Bytes of A that reach the shared memory of an SM in a ns."""
 _LAUNCH_US, _CLUSTER_US = 2.4, 2.0
-_AGAIN = 0.5
-"""Reading weights again, for further rows of A: mostly from L2."""
-_MOST_WAVES = 4
-"""Of clusters, where segments are many."""
 _CALIBRATED_KHZ = 1_980_000
 
 
@@ -108,13 +102,11 @@ class Skinny:
         refused = gemm.refuse(problem, self.name)
         if refused or not isinstance(problem, Problem):
             return refused
-        if (_rows(problem) > _MOST_ROWS or (problem.grouped and problem.m == BUCKETS[-1])) and not problem.batch_invariant:
-            return f"multiplies up to {_MOST_ROWS} rows, of a matrix or on average of a segment"
-        refused = refuse_operands(problem)
+        refused = few_rows.refuse(problem, _MOST_ROWS)
         if refused:
             return refused
         if not self.candidates(problem, arch.H100):
-            return f"does not hold {_rows(problem)} rows of {problem.k} in shared memory"
+            return f"does not hold {few_rows.rows(problem)} rows of {problem.k} in shared memory"
         return None
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
@@ -123,7 +115,7 @@ class Skinny:
             problem = problem._replace(pdl="")  # NOTE: without griddepcontrol, a launch that may begin early would not wait
         if problem.batch_invariant:
             return self.invariant(problem, target, device)
-        whole = 1 << (_rows(problem) - 1).bit_length()
+        whole = 1 << (few_rows.rows(problem) - 1).bit_length()
         few = whole <= _FEW
         clusters = "cluster" in target.features
         shapes = [s for s in (_SHAPES if few else _WIDE) if s[4] == 1 or clusters or problem.scratch]
@@ -144,7 +136,7 @@ class Skinny:
         best = min(self.candidates(usual, device), key=lambda c: self.cost(usual, c, device), default=None)
         if best is None:
             return ()
-        whole = 1 << (_rows(problem) - 1).bit_length()
+        whole = 1 << (few_rows.rows(problem) - 1).bit_length()
         wanted = (best._replace(tokens=tokens, pdl=problem.pdl) for tokens in sorted({min(whole, _FEW), min(whole, _MOST_ROWS)}))
         return tuple(c._replace(clusters=_clusters(problem, c, device)) for c in wanted if _fits(problem, c, target))
 
@@ -153,14 +145,14 @@ class Skinny:
         tiles, steps = ceil_div(problem.n, 16 * config.row_blocks), _steps(problem, config)
         turns = ceil_div(tiles, config.clusters * (config.warps // config.warps_k))
         rounds = ceil_div(steps, config.warps_k)
-        clusters = config.clusters * _pieces(problem, config)
+        clusters = config.clusters * few_rows.pieces(problem, config.tokens)
         resident = _resident(config, device)
         waves = ceil_div(clusters, resident)
         ctas = min(config.ctas, ceil_div(clusters * config.cuts, device.sm_count))
 
         blocks = ceil_div(config.tokens, 8)
-        products = _chunk(problem) // 8 * blocks
-        step = _STEP_NS + config.row_blocks * (_decode(problem) + _MULTIPLY_NS * products)
+        products = few_rows.chunk(problem) // 8 * blocks
+        step = _STEP_NS + config.row_blocks * (_decode(problem, blocks) + _MULTIPLY_NS * products)
         work = turns * rounds * config.warps * ctas * step
         sums = _SUM_NS * config.warps_k * config.row_blocks * blocks
         latency = turns * (rounds * _LATENCY * step + _TILE_NS + sums)
@@ -168,7 +160,7 @@ class Skinny:
         clock = _CALIBRATED_KHZ / device.clock_khz
         before = waves * rows / _STAGE_BYTES * 1e-3 * clock
 
-        memory = _bytes(problem, config)
+        memory = few_rows.memory_bytes(problem, config.tokens)
         launch = _LAUNCH_US + _CLUSTER_US * (config.split > 1)
         if config.parts > 1:  # another launch, which reads what this one writes
             rows = problem.m * (1 if problem.grouped else problem.batch)
@@ -178,9 +170,7 @@ class Skinny:
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
         problem = call.problem
-        tiles = call.batch * ceil_div(call.m, config.tokens)
-        if problem.grouped:  # as many as any segmentation can need
-            tiles = call.m // config.tokens + min(call.batch, call.m)
+        tiles = few_rows.row_tiles(call, config.tokens)
         grid, smem = config.clusters * config.cuts * tiles, _smem(problem, config)
         how = (_defines(problem, config), grid, config.threads, smem, config.pdl, config.clusters)
         some = call.segments != ""  # without segments, no row is left out
@@ -206,41 +196,9 @@ def _config(tokens: int, shape: tuple[int, int, int, int, int, int], clusters: b
     return config if clusters else config._replace(split=1, parts=config.split)
 
 
-def _chunk(problem: Problem) -> int:
-    """Values of a weight in 16 bytes."""
-    return 128 // ELEMENTS[problem.b].bits
-
-
-def _step(problem: Problem) -> int:
-    return 8 * _chunk(problem)
-
-
-def _matrices(problem: Problem) -> int:
-    """That are read: no more segments than rows have any."""
-    return max(1, min(problem.batch, problem.m)) if problem.grouped else problem.batch
-
-
-def _rows(problem: Problem) -> int:
-    """Of A that a matrix is multiplied with; of segments the average."""
-    return ceil_div(problem.m, _matrices(problem)) if problem.grouped else problem.m
-
-
-def _pieces(problem: Problem, config: Config) -> int:
-    """Row tiles of all matrices. Segments differ: half a tile more of each, where more than one is a matter of luck."""
-    if not problem.grouped:
-        return problem.batch * ceil_div(problem.m, config.tokens)
-    return max(_matrices(problem), ceil_div(problem.m, config.tokens) + _matrices(problem) // 2)
-
-
 def _clusters(problem: Problem, config: Config, device: Device) -> int:
-    """For each piece: no more than have a tile, and than fit the GPU; of segments what fills its waves best, A being loaded in each."""
     tiles = ceil_div(ceil_div(problem.n, 16 * config.row_blocks), config.warps // config.warps_k)
-    resident = _resident(config, device)
-    if not problem.grouped:
-        return max(1, min(tiles, resident // ceil_div(problem.m, config.tokens)))
-    pieces = _pieces(problem, config)
-    few = range(1, max(1, min(tiles, _MOST_WAVES * resident // pieces)) + 1)
-    return min(few, key=lambda clusters: ceil_div(clusters * pieces, resident) * (1 + ceil_div(tiles, clusters)))
+    return few_rows.clusters(problem, config.tokens, tiles, _resident(config, device))
 
 
 def _resident(config: Config, device: Device) -> int:
@@ -250,38 +208,27 @@ def _resident(config: Config, device: Device) -> int:
 
 def _steps(problem: Problem, config: Config) -> int:
     """Of a CTA, along k."""
-    return ceil_div(ceil_div(problem.k, _step(problem)), config.cuts)
+    return ceil_div(ceil_div(problem.k, few_rows.step(problem)), config.cuts)
 
 
 def _rows_bytes(problem: Problem, config: Config) -> int:
     """Of A in shared memory."""
-    return _steps(problem, config) * _step(problem) * min(config.tokens, 8) * ceil_div(config.tokens, 8) * 2
+    return _steps(problem, config) * few_rows.step(problem) * min(config.tokens, 8) * ceil_div(config.tokens, 8) * 2
 
 
-def _decode(problem: Problem) -> float:
+def _decode(problem: Problem, blocks: int) -> float:
     """ns of an SM for 128 bytes of each of 16 weight rows."""
     hardware = not gemm.computes_bf16(problem) and "fp8_cvt" in arch.get(problem.arch or "sm_90a").features
     ns = _CONVERT_NS if hardware and problem.b in FLOATS8 else _DECODE_NS[problem.b, problem.b_scale]
-    return ns + (_BLOCK_NS if problem.scale_block else 0.0)
-
-
-def _bytes(problem: Problem, config: Config) -> float:
-    """What all CTAs read and write; weights that are read again count in part."""
-    matrices, again = _matrices(problem), _pieces(problem, config) - _matrices(problem)
-    block_bits = {E4M3.name: 8 / 16, E8M0.name: 8 / 32}.get(problem.b_scale, 0.0)
-    weights = problem.n * problem.k * (ELEMENTS[problem.b].bits + block_bits) / 8
-    rows = problem.m * (1 if problem.grouped else problem.batch) * (problem.k * ELEMENTS[problem.a].bits / 8 + problem.n * 2)
-    return (matrices + _AGAIN * again) * weights + rows
+    return ns + (_BLOCK_NS * max(1.0, (blocks / 2) ** 2) if problem.scale_block else 0.0)
 
 
 def _smem(problem: Problem, config: Config) -> int:
     blocks = ceil_div(config.tokens, 8)
-    words = 4 if problem.b_scale == E4M3.name else _chunk(problem) // 16 if problem.b_scale else 0
-    stage = 2048 * config.row_blocks + 16 * config.row_blocks * words * 4
     sums = config.row_blocks * blocks * 512
     mail = 2 * config.split * (config.warps // config.warps_k) * sums if config.split > 1 else 0
     own = 2 * config.warps * sums if config.warps_k > 1 else 0
-    return _rows_bytes(problem, config) + own + mail + config.warps * config.stages * stage
+    return _rows_bytes(problem, config) + own + mail + config.warps * config.stages * config.row_blocks * few_rows.stage_bytes(problem)
 
 
 def _fits(problem: Problem, config: Config, target: arch.Arch) -> bool:
@@ -294,11 +241,7 @@ def _fits(problem: Problem, config: Config, target: arch.Arch) -> bool:
 
 def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
     return (
-        ("A_ELEMENT", ELEMENTS[problem.a].code),
-        ("A_SCALE", 0),
-        ("B_ELEMENT", ELEMENTS[problem.b].code),
-        ("B_SCALE", ELEMENTS[problem.b_scale].code if problem.b_scale else 0),
-        ("SCALE_BLOCK", problem.scale_block),
+        *few_rows.defines(problem),
         ("TOKENS", config.tokens),
         ("WARPS", config.warps),
         ("WARPS_K", config.warps_k),
@@ -308,19 +251,6 @@ def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
         ("PARTS", config.parts),
         ("MIN_CTAS", config.ctas),
     )
-
-
-def refuse_operands(problem: Problem) -> str | None:
-    """Why rows of A and weights do not go through kernels/common/rows.cuh and weights.cuh."""
-    if problem.a not in _LEFT or problem.b not in _RIGHT or problem.a_scale or problem.zero:
-        return "takes 16-bit or float8 rows, and weights without zero points"
-    if not problem.b_vector:
-        return "reads weights along k, in 16-byte pieces"
-    if gemm.computes_bf16(problem) and FP16.name in (problem.a, problem.b):
-        return "does not split fp16 for bf16"
-    if problem.scale_block not in (0, 128) or (problem.scale_block and _step(problem) not in (128, 256)):
-        return "scales sums of 128 values along k only"
-    return None
 
 
 KERNEL = Skinny()

@@ -1,32 +1,33 @@
-"""`kernels/swap_ab.cu`: products of up to 128 rows at once with weights contiguous along k, by warpgroups with roles swapped, sm_90a."""
+"""`kernels/swap_ab.cu`: few rows of a matrix, or of each segment on average, with weights contiguous along k, by warpgroups; sm_90a."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import NamedTuple
 
 from cugemm import arch
 from cugemm.arch import Device
-from cugemm.catalog import gemm, skinny
+from cugemm.catalog import few_rows, gemm
 from cugemm.catalog.step import REACHED, Step, Zero
-from cugemm.formats import E4M3, ELEMENTS
 from cugemm.problem import GemmCall, Problem
 from cugemm.scales import ceil_div
 
 _MOST_ROWS = 256
+_COLUMNS = 64
+"""Weight rows of a warpgroup."""
 
 
 class Config(NamedTuple):
-    """Rows of A, warpgroups that multiply and those of them that share a tile, its columns in 64s, the rings (`rows`: steps of A, 0 all),
-    CTAs of a cluster, which cut k, and how many clusters each row tile gets; `ctas`: that share an SM."""
+    """Rows of A at once, warpgroups that multiply and those of them that share a tile, steps in the rings of weights and of rows, CTAs of a
+    cluster, which cut k, and how many clusters each row tile gets."""
 
     tokens: int
     warpgroups: int
     warps_k: int
-    row_blocks: int
     stages: int
-    rows: int
+    x_stages: int
     split: int
-    ctas: int
     clusters: int = 1
     pdl: str = ""
 
@@ -36,13 +37,38 @@ class Config(NamedTuple):
 
     @property
     def columns(self) -> int:
-        return 64 * self.row_blocks * (self.warpgroups // self.warps_k)
+        return _COLUMNS * (self.warpgroups // self.warps_k)
 
     def __str__(self) -> str:
         return (
             f"{self.tokens} tokens, {self.columns} columns, warpgroups {self.warpgroups // self.warps_k}x{self.warps_k}, "
-            f"{self.stages} stages, {self.rows or 'all'} steps of rows, {self.clusters} clusters of {self.split}"
+            f"{self.stages} and {self.x_stages} stages, {self.clusters} clusters of {self.split}"
         )
+
+
+_SHAPES = ((2, 1, 1), (2, 2, 1), (4, 4, 1), (2, 1, 2), (2, 2, 2), (2, 1, 4), (2, 2, 4), (3, 1, 4), (4, 1, 4), (2, 2, 8))
+"""`warpgroups`, `warps_k`, `split`."""
+_RINGS = ((4, 8), (4, 4), (3, 8), (3, 4), (4, 2), (3, 2), (2, 2))
+"""`stages`, `x_stages`: the first that fits."""
+
+# What follows is fitted to 501 recorded times of 8 to 64 rows (docs/benchmarks/swap_ab_configs.json); the choice it leads to is within 5 %
+# of the best on 31 of the 36 problems. What a step costs an SM, in ns on an H100 at 1.98 GHz: to decode 64 columns, for their products
+# with 8 rows and 64 k, and to bring such rows.
+_DECODE_NS = {16: 90.0, 8: 116.0, 4: 332.0}
+"""By bits of a weight: bf16, e4m3 to fp16, nvfp4 to bf16."""
+_BF16_NS = 60.0
+"""More where 8 bits become bf16, without a conversion in hardware."""
+_BLOCK_NS = 150.0
+"""More where floats scale sums of 128."""
+_MULTIPLY_NS, _BRING_NS = 5.4, 17.4
+_LATENCY_NS, _LATENCY = 85.0, 0.32
+"""What a warpgroup waits for in each step; the latter of its own work, of which it does not share its products."""
+_TILE_NS, _SUM_NS = 2690.0, 18.6
+"""For each tile, and for each part of its sums (64 columns, 8 rows) that another warpgroup has."""
+_L2_GBS = 7140.0
+"""Rows of A, which every tile reads again."""
+_LAUNCH_US, _CLUSTER_US = 3.5, 1.6
+_CALIBRATED_KHZ = 1_980_000
 
 
 class SwapAB:
@@ -57,64 +83,92 @@ class SwapAB:
             return "needs sm_90a"
         if problem.batch_invariant:
             return "adds up in another order for another m"
-        refused = skinny.refuse_operands(problem)
-        if refused:
-            return refused
-        if problem.m > _MOST_ROWS * (problem.batch if problem.grouped else 1):
-            return f"multiplies up to {_MOST_ROWS} rows"
-        return None
+        return few_rows.refuse(problem, _MOST_ROWS)
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
-        return ()
+        rows = max(8, 1 << (few_rows.rows(problem) - 1).bit_length())
+        wanted = []
+        for g, w, split in _SHAPES:
+            tokens = min(rows, _most_tokens(problem, g))
+            for t in sorted({tokens, max(8, tokens // 2)} if problem.grouped else {tokens}):
+                fitting = (c for c in (Config(t, g, w, *rings, split, pdl=problem.pdl) for rings in _RINGS) if _fits(problem, c))
+                wanted += [c for c in itertools.islice(fitting, 1) if tokens]
+        return tuple(c._replace(clusters=_clusters(problem, c, device)) for c in wanted)
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        return 1.0
+        """What the busiest SM does, what its warpgroups wait for, and what memory and L2 bring, which overlap in part; and the launch."""
+        tiles, pieces = ceil_div(problem.n, config.columns), few_rows.pieces(problem, config.tokens)
+        turns = ceil_div(tiles, config.clusters)
+        waves = ceil_div(config.clusters * pieces, _resident(config, device))
+        rounds = ceil_div(ceil_div(ceil_div(problem.k, few_rows.step(problem)), config.split), config.warps_k)
+
+        decode, values = _decode(problem), few_rows.chunk(problem) // 8 * (config.tokens // 8)
+        work = turns * rounds * (config.warpgroups * (decode + _MULTIPLY_NS * values) + config.warps_k * _BRING_NS * values)
+        sums = _SUM_NS * config.warps_k * config.split * (config.tokens // 8)
+        latency = turns * (rounds * (_LATENCY_NS + _LATENCY * (decode + 4 * _MULTIPLY_NS * values)) + _TILE_NS + sums)
+        spent = waves * 1e-3 * _CALIBRATED_KHZ / device.clock_khz
+        rows = pieces * tiles * config.tokens * problem.k * 2 / (_L2_GBS * 1e3)
+        memory = few_rows.memory_bytes(problem, config.tokens) / (device.read_gbs * 1e3)
+        launch = _LAUNCH_US + _CLUSTER_US * (config.split > 1)
+        return launch + math.hypot(work * spent, latency * spent, memory, rows)
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
-        tiles = row_tiles(call.problem._replace(batch=call.batch), call.m, config.tokens)
+        problem = call.problem
+        grid = config.clusters * config.split * few_rows.row_tiles(call, config.tokens)
+        some = call.segments != ""  # without segments, no row is left out
         return gemm.steps(
-            call, self.name, defines(call.problem, config), config.clusters * config.split * tiles, config.threads,
-            smem(call.problem, config), config.pdl, config.clusters, clear=call.segments != "",
+            call, self.name, _defines(problem, config), grid, config.threads, smem(problem, config), config.pdl, config.clusters, clear=some
         )  # fmt: skip
-
-
-def row_tiles(problem: Problem, m: int, tokens: int) -> int:
-    """As many as any segmentation can need."""
-    return m // tokens + min(problem.batch, m) if problem.grouped else ceil_div(m, tokens) * problem.batch
 
 
 def smem(problem: Problem, config: Config) -> int:
     """`Shared` of the kernel: barriers, steps of A, sums, rings."""
-    chunk = skinny._chunk(problem)
-    words = 4 if problem.b_scale == E4M3.name else chunk // 16 if problem.b_scale else 0
-    rows = config.rows or ceil_div(ceil_div(problem.k, 8 * chunk), config.split)
-    parts = config.columns // 16 * ceil_div(config.tokens, 8)
+    steps = config.x_stages * few_rows.chunk(problem) * 16 * (config.tokens + 1)
+    parts = config.columns // 16 * (config.tokens // 8)
     mail = ceil_div(parts, config.split) * config.split * config.warps_k * 512
-    rings = 4 * config.warpgroups * config.stages * 16 * config.row_blocks * (128 + 4 * words)
-    return ceil_div(16 * rows + 16, 128) * 128 + rows * chunk * 16 * (config.tokens + 1) + mail + rings
+    rings = 4 * config.warpgroups * config.stages * few_rows.stage_bytes(problem)
+    return ceil_div(16 * config.x_stages + 16, 128) * 128 + steps + mail + rings
 
 
-def clusters(problem: Problem, config: Config, device: Device) -> int:
-    """For each row tile: no more than have a tile of columns, and than fit the GPU."""
-    resident = max(1, int(device.sm_count * config.ctas * REACHED[config.split] // config.split))
-    return max(1, min(ceil_div(problem.n, config.columns), resident // row_tiles(problem, problem.m, config.tokens)))
+def _fits(problem: Problem, config: Config) -> bool:
+    return config.x_stages % config.warps_k == 0 and smem(problem, config) <= arch.get("sm_90a").max_smem
 
 
-def defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
+def _most_tokens(problem: Problem, warpgroups: int) -> int:
+    """That leave registers for so many warpgroups (what the compiler says); 0: none do."""
+    bits = 128 // few_rows.chunk(problem)
+    if warpgroups > 2 and (bits == 4 or problem.scale_block):
+        return 0
+    if problem.scale_block:
+        return 32 if bits == 8 and not gemm.computes_bf16(problem) else 16
+    return 64 if warpgroups < 4 else 32 if bits == 16 else 16
+
+
+def _clusters(problem: Problem, config: Config, device: Device) -> int:
+    return few_rows.clusters(problem, config.tokens, ceil_div(problem.n, config.columns), _resident(config, device))
+
+
+def _resident(config: Config, device: Device) -> int:
+    """Clusters that the GPU holds at once."""
+    return max(1, int(device.sm_count * REACHED[config.split] // config.split))
+
+
+def _decode(problem: Problem) -> float:
+    """ns of an SM for 128 bytes of each of 64 weight rows."""
+    bits = 128 // few_rows.chunk(problem)
+    ns = _DECODE_NS[bits] + (_BF16_NS if bits == 8 and gemm.computes_bf16(problem) else 0.0)
+    return ns + (_BLOCK_NS if problem.scale_block else 0.0)
+
+
+def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
     return (
-        ("A_ELEMENT", ELEMENTS[problem.a].code),
-        ("A_SCALE", 0),
-        ("B_ELEMENT", ELEMENTS[problem.b].code),
-        ("B_SCALE", ELEMENTS[problem.b_scale].code if problem.b_scale else 0),
-        ("SCALE_BLOCK", problem.scale_block),
+        *few_rows.defines(problem),
         ("TOKENS", config.tokens),
         ("WARPGROUPS", config.warpgroups),
         ("WARPS_K", config.warps_k),
-        ("ROW_BLOCKS", config.row_blocks),
         ("STAGES", config.stages),
-        ("X_STAGES", config.rows),
+        ("X_STAGES", config.x_stages),
         ("SPLIT", config.split),
-        ("MIN_CTAS", config.ctas),
     )
 
 
