@@ -56,7 +56,8 @@ def test_a_row_says_what_is_there(name: str, state: str) -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    pages = ("docs/guide.md", "docs/flashinfer.md", "docs/numerics.md", "docs/decisions.md", "docs/kernels/skinny.md", "kernels/README.md")
+    kernels = ("docs/kernels/skinny.md", "docs/kernels/swap_ab.md", "kernels/README.md")
+    pages = ("docs/guide.md", "docs/flashinfer.md", "docs/numerics.md", "docs/decisions.md", *kernels)
     for name in pages:
         page = (ROOT / name).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)]+)\)", page):
