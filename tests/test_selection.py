@@ -10,7 +10,7 @@ import pytest
 
 from cugemm import arch, select
 from cugemm.arch import Device
-from cugemm.catalog import KERNELS, portable, skinny
+from cugemm.catalog import KERNELS, portable, skinny, swap_ab
 from cugemm.conversion import QuantizeProblem
 from cugemm.errors import NoKernelError
 from cugemm.formats import ALL, FORMATS
@@ -106,7 +106,7 @@ def test_total_and_pure(target: str) -> None:
 @pytest.mark.parametrize("target", ARCHS)
 def test_few_configs_for_a_weight(target: str) -> None:
     """For one (format, n, k): at most 16 tiles of portable over every m, layout of a, batch, group and result; of skinny for each m
-    13 shapes, or 6 with three numbers of rows held at once; of groups 13 with two."""
+    13 shapes, or 6 with three numbers of rows held at once, of swap_ab 10 shapes; of groups either with two."""
     rows = (1, 16, 64, 256, 4374, 100_000)
     for (a, b), block, (n, k) in itertools.product(itertools.product(LEFT, KINDS), SCALED, NK[::4]):
         found: dict[tuple[str, int, bool], set[tuple[object, ...]]] = {}
@@ -114,10 +114,19 @@ def test_few_configs_for_a_weight(target: str) -> None:
             problem = question(m, n, k, a, b, target, vector=vector, grouped=grouped, scale_block=block)
             for kernel in KERNELS:
                 if kernel.refuse(problem) is None:
-                    held = found.setdefault((kernel.name, *((m, grouped) if kernel is skinny.KERNEL else (0, False))), set())
+                    held = found.setdefault(
+                        (kernel.name, *((m, grouped) if kernel in (skinny.KERNEL, swap_ab.KERNEL) else (0, False))), set()
+                    )
                     held.update(kernel.candidates(problem, arch.H100))
         for (name, m, grouped), configs in found.items():
-            assert 1 <= len(configs) <= ((26 if grouped else 18) if name == "skinny" else 16), (a, b, m, n, k, sorted(map(str, configs)))
+            assert 1 <= len(configs) <= {"skinny": (18, 26), "swap_ab": (10, 20)}.get(name, (16, 16))[grouped], (
+                a,
+                b,
+                m,
+                n,
+                k,
+                sorted(map(str, configs)),
+            )
 
 
 def shared_memory(problem: Problem, config: portable.Config) -> int:
