@@ -319,17 +319,41 @@ struct Mail {
         if (kSources > 1) wait(shared.mail_full(), turn % 2);
         const int begin = kSources > 1 ? warp * SPLIT + rank : at.group * kTokenBlocks;
         const int end = kSources > 1 ? 4 * kGroups * kTokenBlocks : begin + kTokenBlocks;
+        __syncwarp();  // lanes read what others have summed
 #pragma unroll 1
-        for (int q = begin; q < end; q += kSources > 1 ? kConsumers * SPLIT : 1) {
-            const i32 tile = first + q / kTokenBlocks;
-            if (tile >= at.tiles) continue;
-            Factors factors;
-            factors.load(args, at, tile, q % kTokenBlocks);
-            float total[4] = {};
-            add_up(total, letter(q, 0), kSources, 512);
-            factors.store(args, at, tile, q % kTokenBlocks, total);
-        }
+        for (int q = begin; q < end; q += kSources > 1 ? kConsumers * SPLIT : 1)
+            store(args, q, (first + q / kTokenBlocks) * 16 + at.t * 4, q % kTokenBlocks * 8 + at.g);
+        __syncwarp();
         arrive(shared.mail_empty());
+    }
+    // Four columns of one token: sum * row[m] * column[n] * alpha + bias[n], in this order.
+    __device__ __forceinline__ void store(const Args& args, int q, i32 column, int token) const {
+        const i32 count = smaller(4, args.n - column);
+        if (count <= 0 || token >= tokens_of(at.work)) return;
+        const Work& work = at.work;
+        const i32 to = result_row(args, work, token), source = source_row(args, to);
+        const float alpha = args.alpha ? load_float(args.alpha, 0, args.alpha_type) : args.alpha_value;
+        const float row = Factors::scale(args.a_outer, args.a_outers, work.batch, scale_row(args, args.a_outers, work, token, source),
+                                         args.a_outer_value);
+        float factor[4], bias[4], x[4] = {};
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const i32 n = smaller(column + c, args.n - 1);
+            factor[c] = Factors::scale(args.b_outer, args.b_outers, work.expert, n, args.b_outer_value);
+            const i64 place = args.bias_row ? to * args.bias_row + n : work.expert * args.bias_expert + n;  // of each row, or for all
+            bias[c] = args.bias ? load_float(args.bias, place, args.bias_type) : 0.f;
+        }
+        // The lane that summed value n of a token: n % 8 is its row g, token / 2 its t.
+        const u32 letters = shared.mail + q / SPLIT * kSources * 512 + (at.t % 2 * 16 + at.g / 2) * 16 + (at.t / 2 * 2 + at.g % 2) * 4;
+#pragma unroll 4
+        for (int source = 0; source < kSources; ++source) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) x[c] += load_shared_float(letters + source * 512 + c * 64);
+        }
+#pragma unroll
+        for (int c = 0; c < 4; ++c) x[c] = source < 0 ? 0.f : x[c] * kResidue * row * factor[c] * alpha + bias[c];
+        store_four(args.out, work.batch * args.out_batch + to * args.out_row + column * args.out_column, args.out_column, args.out_type, x,
+                   count);
     }
 };
 

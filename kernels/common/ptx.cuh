@@ -228,6 +228,11 @@ __device__ __forceinline__ Chunk load_shared_16(u32 p) {
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(c.word[0]), "=r"(c.word[1]), "=r"(c.word[2]), "=r"(c.word[3]) : "r"(p));
     return c;
 }
+__device__ __forceinline__ float load_shared_float(u32 p) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(p));
+    return v;
+}
 __device__ __forceinline__ u32 load_shared_u16(u32 p) {
     u16 v;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(p));

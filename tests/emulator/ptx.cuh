@@ -251,6 +251,11 @@ inline Chunk load_shared_16(u32 p) {
     memcpy(&c, emulator::at(p, 16), 16);
     return c;
 }
+inline float load_shared_float(u32 p) {
+    float v;
+    memcpy(&v, emulator::at(p, 4), 4);
+    return v;
+}
 inline u32 load_shared_u16(u32 p) {
     u16 v;
     memcpy(&v, emulator::at(p, 2), 2);
