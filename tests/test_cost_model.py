@@ -23,6 +23,7 @@ FORMATS = {
 }
 
 SKINNY = json.loads((ROOT / "docs" / "benchmarks" / "skinny_configs.json").read_text())
+SWAP_AB = json.loads((ROOT / "docs" / "benchmarks" / "swap_ab_configs.json").read_text())
 SKINNY_FORMATS = {
     "bf16": ("bf16", "bf16", "", 0),
     "fp8_tensor": ("e4m3", "e4m3", "", 0),
@@ -30,6 +31,7 @@ SKINNY_FORMATS = {
     "w4a16_nvfp4": ("bf16", "e2m1x2", "e4m3", 0),
     "w4a16_mxfp4": ("bf16", "e2m1x2", "e8m0", 0),
     "int4_g128": ("bf16", "int4x2", "", 128),
+    "fp8_block": ("e4m3", "e4m3", "", 128),
 }
 
 
@@ -104,5 +106,25 @@ def test_few_rows_of_a_large_weight_have_their_kernels() -> None:
         for m in (1, 2, 4, 8, 16):
             for n, k in ((28672, 4096), (4096, 14336)):
                 best = select.choose(skinny_question(name, m, n, k), arch.H100).best.kernel
-                assert best is skinny.KERNEL or (best is swap_ab.KERNEL and m >= 8)
+                assert best is skinny.KERNEL or (best is swap_ab.KERNEL and m > 8)
     assert select.choose(skinny_question("bf16", 128, 28672, 4096), arch.H100).best.kernel is portable.KERNEL
+
+
+def test_choice_among_kernels_is_near_the_best_recorded() -> None:
+    losses, wrong = [], []
+    for name, m, n, k, times in SWAP_AB["rows"]:
+        problem = skinny_question(name, m, n, k)
+        measured = {SWAP_AB["configs"][config]: us for config, us in times}
+        known = [
+            (ranked.us, measured[label])
+            for ranked in select.choose(problem, arch.H100).ranking
+            for label in [f"{ranked.kernel.name}:{'/'.join(map(str, ranked.config[: {'swap_ab': 6}.get(ranked.kernel.name, 8)]))}"]
+            if label in measured
+        ]
+        wrong += [max(predicted / us, us / predicted) for predicted, us in known]
+        losses.append(known[0][1] / min(measured.values()))
+    assert len(losses) == 120
+    assert sum(loss < 1.05 for loss in losses) >= 0.85 * len(losses)
+    assert statistics.geometric_mean(losses) < 1.025
+    assert max(losses) < 1.35
+    assert statistics.median(wrong) < 1.15

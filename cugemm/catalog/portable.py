@@ -79,12 +79,12 @@ _LARGE_ANY = _Tile((128, 128, 64, 2, 4, 1), 1, {c: 38.0 * f for c, f in _ANY.ite
 _MEDIUM_ANY = _Tile((64, 64, 64, 2, 4, 1), 1, {c: 14.0 * f for c, f in _ANY.items()}, {c: 14.0 * f for c, f in _ANY.items()})
 _SMALL_ANY = _Tile((16, 32, 128, 1, 1, 4), 2, {c: 8.0 * f for c, f in _ANY.items()}, {c: 4.0 * f for c, f in _ANY.items()})
 _CALIBRATED_KHZ = 1_980_000
-_LAUNCH_US = 2.5
+_LAUNCH_US = 3.7
 _SUMS_US = 0.35
 """For 64 x 64 sums of each CTA of a cluster."""
 _BYTE_SCALES = 1.6
 """How much longer than that of other values the decode of values with byte scales takes."""
-_READ, _READ_SPLIT = 0.85, 0.68
+_READ, _READ_SPLIT = 0.85, 0.55
 """Part of the bandwidth of a pure-read kernel that a product reaches, and one whose clusters cut k."""
 
 

@@ -80,8 +80,8 @@ _DECODE_NS = {
 """By element and scales of the weights. Measured: 16 bits, e4m3 to bf16, nvfp4, mxfp4, int4 (with blocks); the others are like them."""
 _CONVERT_NS = 6.4
 """In place of 10.8 where the hardware converts 8-bit floats to fp16."""
-_BLOCK_NS = 36.0
-"""More where floats scale sums of 128, of up to 16 rows; of more, as the square of them."""
+_BLOCK_NS, _BLOCK_SUMS_NS = 22.0, 13.0
+"""More where floats scale sums of 128: always, and by the square of 8s of rows."""
 _MULTIPLY_NS = 2.0
 _LATENCY = 2.5
 """How much longer a warp takes for a step, which it does not share with others."""
@@ -220,7 +220,7 @@ def _decode(problem: Problem, blocks: int) -> float:
     """ns of an SM for 128 bytes of each of 16 weight rows."""
     hardware = not gemm.computes_bf16(problem) and "fp8_cvt" in arch.get(problem.arch or "sm_90a").features
     ns = _CONVERT_NS if hardware and problem.b in FLOATS8 else _DECODE_NS[problem.b, problem.b_scale]
-    return ns + (_BLOCK_NS * max(1.0, (blocks / 2) ** 2) if problem.scale_block else 0.0)
+    return ns + (_BLOCK_NS + _BLOCK_SUMS_NS * blocks**2 if problem.scale_block else 0.0)
 
 
 def _smem(problem: Problem, config: Config) -> int:
