@@ -158,7 +158,7 @@ class Support(NamedTuple):
 
 
 def support(target: arch.Arch) -> Support:
-    """What multiplies what, by asking `matmul` for every pair of formats and 128 rows: the kernel that answers, or the refusal."""
+    """What multiplies what, by asking `matmul` for every pair of formats and 1024 rows: the kernel that answers, or the refusal."""
     reason = arch.refuse(target)
     names = list(_kinds())
     notes: dict[str, list[tuple[str, str]]] = {}
@@ -193,7 +193,7 @@ def _asked(a: str, b: str) -> tuple[Problem | str, ...]:
     for x, w in itertools.product(_kinds()[a], _kinds()[b]):
         try:
             with launch.recording() as calls:
-                matmul(_operand(x, 128), _operand(w, 4096).T)
+                matmul(_operand(x, 1024), _operand(w, 4096).T)
             found[calls[-1].call.problem] = None
         except (ValueError, TypeError) as error:
             found[str(error).rpartition("; ")[2]] = None  # what to do about it; before it stands which array is meant

@@ -370,7 +370,7 @@ def test_compile_list_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for line in text.splitlines() if line.startswith("fp8_row (e4m3 x e4m3)")]
     wanted = [c for name in ("sm_80", "sm_90a") for c in cases.configs(["fp8_row"], [(11008, 4096)], arch.get(name)) if c.n]
     assert len(lines) == len(wanted)
-    assert all(re.search(r" 11008  4096  (portable  tile|skinny    \d+ tokens, )", line) for line in lines)
+    assert all(re.search(r" 11008  4096  (portable  tile|(skinny|swap_ab)   +\d+ tokens, )", line) for line in lines)
     assert len(re.findall(r"^quantize bfloat16 -> e4m3 +any +any +quantize +", text, re.MULTILINE)) == 2
 
 
@@ -380,7 +380,7 @@ def test_jobs_hold_every_best_config_once() -> None:
     assert len(keys) == len(set(keys))
     tiles = {job.defines["BLOCK_M"] for job in jobs if job.stem == "portable"}
     listed = list(cases.configs(["fp8_row", "fp8_tensor"], [(4096, 4096), (11008, 4096)], SM90))
-    assert {c.kernel for c in listed if c.n} == {"portable", "skinny"}
+    assert {c.kernel for c in listed if c.n} == {"portable", "skinny", "swap_ab"}
     assert len(tiles) == 3
     assert len({c.config for c in listed if c.kernel == "portable"}) == len([job for job in jobs if job.stem == "portable"])
     tokens = {job.defines["TOKENS"] for job in jobs if job.stem == "skinny"}
@@ -391,7 +391,7 @@ def test_jobs_hold_every_best_config_once() -> None:
 
 def test_jobs_of_every_format_have_sources() -> None:
     jobs = cases.jobs(cases.CASES, [(4096, 4096)], SM90)
-    assert {job.stem for job in jobs} == {"portable", "skinny", "quantize", "block_quantize", "rows", "segments"}
+    assert {job.stem for job in jobs} == {"portable", "skinny", "swap_ab", "quantize", "block_quantize", "rows", "segments"}
     assert all((compile.kernel_dir() / f"{job.stem}.cu").exists() for job in jobs)
     pairs = {
         (job.defines["A_ELEMENT"], job.defines["A_SCALE"], job.defines["B_ELEMENT"], job.defines["B_SCALE"])

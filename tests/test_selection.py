@@ -232,10 +232,11 @@ def test_a_small_gpu_is_slower_and_priced_by_its_own_figures() -> None:
 
 def test_refusals_are_listed() -> None:
     choice = select.choose(question(), arch.H100)
-    assert [name for name, _ in choice.refusals] == [kernel.name for kernel in KERNELS if not kernel.multiplies]
+    assert [name for name, _ in choice.refusals] == ["swap_ab", *(kernel.name for kernel in KERNELS if not kernel.multiplies)]
+    assert "leaves fewer than 9 rows to skinny" in str(choice)
     assert "converts matrices" in str(choice)
     assert "quantize" in str(choice)
-    assert "-> portable" in str(choice)
+    assert "-> skinny" in str(choice)
 
     with pytest.raises(NoKernelError) as raised:
         select.choose(question(backend="quantize"), arch.H100)
