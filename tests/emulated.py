@@ -49,7 +49,7 @@ def _library(source: str, defines: tuple[tuple[str, int], ...], capability: int)
     sources = _sources()
     macros = [f"-D{name}={value}" for name, value in (*defines, ("__CUDA_ARCH__", capability))]
     library = sources / f"{source}-{hashlib.md5(' '.join(macros).encode()).hexdigest()}.so"
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-ffp-contract=off", f"-I{sources}", f"-I{EMULATOR}"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-U_FORTIFY_SOURCE", f"-I{sources}", f"-I{EMULATOR}"]
     command = ["g++", *flags, *macros, f'-DSOURCE="{source}.cu"', f"-DENTRY={source}", str(EMULATOR / "main.cpp"), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"

@@ -3,6 +3,7 @@
 // A barrier lets nobody pass before all have come, and in between fibers run in another random order each time. Shared memory is poisoned
 // before each CTA. Asynchronous copies and products happen as late as allowed (when they are waited for) or at once, as the run asks.
 #pragma once
+#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -60,7 +61,9 @@ struct Store {
 constexpr unsigned kMostThreads = 4096, kMostCopies = 256, kMostGroups = 8, kMostCtas = 8;  // of a cluster
 constexpr unsigned kMostProducts = 64, kMostStores = 1024;
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // where it begins
+    jmp_buf place;       // where it goes on, once it has begun
+    bool begun;
     bool done;
     unsigned thread, cta;                 // in its CTA, in its cluster
     unsigned arrived;                     // generation of the cluster's barrier that it came to
@@ -98,14 +101,25 @@ static Barrier cta[kMostCtas], named[kMostCtas][32], cluster, predecessor;
 static Late late[16];  // what the kernel ahead has not written yet
 static unsigned lates;
 static Fiber* self;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
+
+// NOTE: swapcontext would do, but asks the system for signal masks, which takes most of the time.
+inline void yield() {
+    if (_setjmp(self->place) == 0) _longjmp(scheduler, 1);
+}
+[[gnu::noinline]] static void resume(Fiber& fiber) {
+    if (_setjmp(scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+}
 
 static char failure[200];  // what went wrong, empty while nothing did
 
 // Ends the run: this thread does not go on.
 inline void fail(const char* what, unsigned long long value) {
     snprintf(failure, sizeof failure, "%s (%llu), block %u, thread %u", what, value, blockIdx.x, threadIdx.x);
-    swapcontext(&self->context, &scheduler);
+    yield();
 }
 inline unsigned char* memory() { return shared[self->cta]; }
 inline unsigned char* at(unsigned address, unsigned size) {
@@ -138,18 +152,18 @@ inline void wait(Barrier& barrier, unsigned count) {
         barrier.arrived = 0, ++barrier.generation, ++progress;
         return;
     }
-    while (barrier.generation == generation) swapcontext(&self->context, &scheduler);
+    while (barrier.generation == generation) yield();
 }
 inline void let_others_run() {
     ++progress;
-    swapcontext(&self->context, &scheduler);
+    yield();
 }
 inline void arrive() {
     self->arrived = cluster.generation;
     if (++cluster.arrived == threads * ctas) cluster.arrived = 0, ++cluster.generation, ++progress;
 }
 inline void wait_for_cluster() {
-    while (cluster.generation == self->arrived) swapcontext(&self->context, &scheduler);
+    while (cluster.generation == self->arrived) yield();
 }
 // All threads of all CTAs must come, and only then the kernel ahead ends.
 inline void wait_for_predecessor() {
@@ -218,11 +232,12 @@ int run(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel) {
             getcontext(&fiber.context);
             fiber.context.uc_stack.ss_sp = stacks + static_cast<size_t>(i) * kStackBytes;
             fiber.context.uc_stack.ss_size = kStackBytes;
-            fiber.context.uc_link = &scheduler;
+            fiber.begun = false;
             const auto thread = [] {
                 (*entry)();
                 if (const unsigned left = self->products - self->first_product) fail("a thread ends ahead of its products", left);
                 self->done = true, ++progress;
+                yield();
             };
             makecontext(&fiber.context, thread, 0);
         }
@@ -233,7 +248,7 @@ int run(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel) {
                 Fiber& fiber = fibers[(first + i) % all];
                 if (fiber.done) continue;
                 self = &fiber, threadIdx.x = fiber.thread, blockIdx.x = number + fiber.cta;
-                swapcontext(&scheduler, &fiber.context);
+                resume(fiber);
                 if (failure[0]) return 3;
                 left -= fiber.done;
             }

@@ -93,7 +93,7 @@ inline Mbarrier& mbarrier(u32 address, u32 rank) {
 }
 inline void arrive(Mbarrier& barrier) {
     if (!--barrier.pending) barrier.pending = barrier.expected, barrier.phase ^= 1, ++progress;
-    if (random() % 2) ++progress, swapcontext(&self->context, &scheduler);  // others may go on before this thread does
+    if (random() % 2) ++progress, yield();  // others may go on before this thread does
 }
 
 // m64nNk16, of which a warp does its own 16 rows: lanes show their fragments of a and read b from shared memory (core matrices of 8 rows of
@@ -294,8 +294,7 @@ inline void mbarrier_init_done() {}  // initialisation is seen at once: to leave
 inline void mbarrier_arrive(u32 barrier) { emulator::arrive(emulator::mbarrier(barrier, emulator::self->cta)); }
 inline void mbarrier_arrive_remote(u32 barrier, u32 rank) { emulator::arrive(emulator::mbarrier(barrier, rank)); }
 inline void mbarrier_wait(u32 barrier, u32 parity) {
-    while (emulator::mbarrier(barrier, emulator::self->cta).phase == (parity & 1))
-        swapcontext(&emulator::self->context, &emulator::scheduler);
+    while (emulator::mbarrier(barrier, emulator::self->cta).phase == (parity & 1)) emulator::yield();
 }
 
 inline void mbarrier_wait_cluster(u32 barrier, u32 parity) { mbarrier_wait(barrier, parity); }
