@@ -1,11 +1,11 @@
-"""The kernel for few rows, on the CPU: formats, rows, sizes off every multiple, every way to cut the work, batches, masks, NaN, bits."""
+"""The kernels for few rows, on the CPU: formats, rows, sizes off every multiple, every way to cut the work, batches, masks, NaN, bits."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import format_oracles as formats
 import gpu_formats
@@ -24,7 +24,7 @@ from cugemm import NoKernelError, launch, select
 from cugemm.api.common import gemm_options, product
 from cugemm.arch import H100
 from cugemm.arrays import Numpy
-from cugemm.catalog import skinny
+from cugemm.catalog import skinny, swap_ab
 from cugemm.catalog.skinny import Config
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -35,30 +35,70 @@ PAIRS = (
     ("bf16", "mxfp4"), ("fp8_row", "mxfp8"), ("bf16", "int8_row"), ("bf16", "int4_row"), ("fp16", "int4_g128"), ("bf16", "int8_group"),
     ("fp8_group", "nvfp4"), ("fp8_group", "mxfp8"),
 )  # fmt: skip
-CONFIGS = tuple(
-    Config(tokens, warps, warps_k, row_blocks, stages, split, 1, 2, ("", "prefetch", "static")[i % 3])
-    for i, (tokens, warps, warps_k, row_blocks, stages, split) in enumerate(
-        (
-            (1, 4, 1, 1, 2, 1), (2, 4, 4, 1, 3, 1), (4, 8, 2, 2, 3, 1), (8, 4, 2, 1, 4, 1), (16, 4, 2, 2, 2, 1),
-            (8, 4, 2, 1, 3, 2), (16, 4, 4, 1, 3, 4), (4, 4, 1, 2, 2, 8), (8, 8, 8, 1, 3, 2), (8, 4, 1, 1, 4, 4),
+
+
+class Kernel(NamedTuple):
+    """One of the two, and configs that differ in everything."""
+
+    name: str
+    type: type
+    configs: tuple[Any, ...]
+
+
+PDL = ("", "prefetch", "static")
+SKINNY = Kernel(
+    "skinny",
+    skinny.Skinny,
+    tuple(
+        Config(tokens, warps, warps_k, row_blocks, stages, split, 1, 2, PDL[i % 3])
+        for i, (tokens, warps, warps_k, row_blocks, stages, split) in enumerate(
+            (
+                (1, 4, 1, 1, 2, 1), (2, 4, 4, 1, 3, 1), (4, 8, 2, 2, 3, 1), (8, 4, 2, 1, 4, 1), (16, 4, 2, 2, 2, 1),
+                (8, 4, 2, 1, 3, 2), (16, 4, 4, 1, 3, 4), (4, 4, 1, 2, 2, 8), (8, 8, 8, 1, 3, 2), (8, 4, 1, 1, 4, 4),
+            )
         )
-    )
+    ),
+)  # fmt: skip
+SWAP_AB = Kernel(
+    "swap_ab",
+    swap_ab.SwapAB,
+    tuple(
+        swap_ab.Config(*shape, 1 + i % 3, PDL[i // 2 % 3])
+        for i, shape in enumerate(
+            (
+                (8, 1, 1, 3, 2, 1), (16, 2, 1, 4, 4, 1), (32, 2, 2, 3, 2, 1), (16, 4, 2, 3, 8, 2), (64, 1, 1, 3, 3, 1), (8, 4, 4, 2, 8, 2),
+                (64, 2, 1, 4, 2, 2), (16, 4, 4, 3, 4, 1), (32, 3, 1, 2, 4, 4), (16, 2, 2, 2, 4, 8), (8, 2, 1, 2, 8, 4),
+            )
+        )
+    ),
 )  # fmt: skip
 LAYOUTS = ("linear", "128x4", "8x4")
+A_LAYOUTS = ("row", "odd row", "column", "gaps", "odd column")
 NUMPY = Numpy()
-Use = Callable[[Config], None]
+Use = Callable[[Any], None]
+
+
+@pytest.fixture(params=[SKINNY, SWAP_AB], ids=lambda kernel: kernel.name)
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    found: Kernel = request.param
+    return found
 
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Use:
-    """use(config): the kernel has no other."""
-    return lambda config: monkeypatch.setattr(skinny.Skinny, "candidates", lambda self, problem, device: (config,))
+    """use(config): the kernel that it belongs to has no other."""
+
+    def alone(config: Any) -> None:
+        kind = swap_ab.SwapAB if isinstance(config, swap_ab.Config) else skinny.Skinny
+        monkeypatch.setattr(kind, "candidates", lambda self, problem, device: (config,))
+
+    return alone
 
 
-def multiply(a: Operand, b: Operand, case: oracles.Case, seed: int = 1, eager: bool = False, **how: Any) -> Array:
+def multiply(kernel: Kernel, a: Operand, b: Operand, case: oracles.Case, seed: int = 1, eager: bool = False, **how: Any) -> Array:
     with emulate(seed=seed, eager=eager) as ran:
-        out = gpu_formats.multiply(Host(), a, b, case, backend="skinny", **how)
-    assert ran == ["segments", "skinny"] * 2 or set(ran) == {"skinny"}, ran
+        out = gpu_formats.multiply(Host(), a, b, case, backend=kernel.name, **how)
+    assert ran == ["segments", kernel.name] * 2 or set(ran) == {kernel.name}, ran
     return out
 
 
@@ -69,10 +109,10 @@ def stored(name: str, data: Array, scale: Array | None = None, tensor: Array | N
 
 
 @pytest.mark.parametrize("number", range(len(PAIRS)), ids=["-".join(pair) for pair in PAIRS])
-def test_products(number: int, use: Use) -> None:
+def test_products(number: int, kernel: Kernel, use: Use) -> None:
     rng = np.random.default_rng(number)
     for i in range(2):
-        config = CONFIGS[(3 * number + i) % len(CONFIGS)]
+        config = kernel.configs[(3 * number + i) % len(kernel.configs)]
         m = int(rng.integers(config.tokens // 2 + 1, 2 * config.tokens + 1))  # one or two pieces
         n, k = int(rng.integers(1, 150)), 32 * int(rng.integers(1, 40))
         a, b = formats.exact_operand(rng, PAIRS[number][0], (m, k), True), formats.exact_operand(rng, PAIRS[number][1], (n, k), False)
@@ -83,23 +123,23 @@ def test_products(number: int, use: Use) -> None:
         for eager in (False, True):
             out = oracles.poison((m, n), "float32")
             with emulate(seed=number + 7 * eager, eager=eager) as ran:
-                cugemm.linear(x, w, bias, out=out, backend="skinny")
-            assert ran == ["skinny"]
+                cugemm.linear(x, w, bias, out=out, backend=kernel.name)
+            assert ran == [kernel.name]
             oracles.check_exact(formats.answer(a, b, bias=bias), out, "float32")
             results.append(out)
         oracles.check_bits(*results)
 
 
 @pytest.mark.parametrize("kind", ["dense", "batch", "one a", "one b", "masked"])
-def test_matrices(kind: str, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ragged k, bias, alpha, every out, layouts of scales, counts out of range."""
+def test_matrices(kind: str, kernel: Kernel, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged k, bias, alpha, every out, rows of a that lie anyhow, layouts of scales, counts out of range."""
     monkeypatch.setattr(launch.values, "check", lambda *given: None)  # which would refuse those in host memory
     left, right = {"dense": ((), ()), "one a": ((1,), (3,)), "one b": ((3,), (1,))}.get(kind, ((3,), (3,)))
     number = len(kind)
     rng = np.random.default_rng(number)
     for i in range(5):
         name_a, name_b = PAIRS[(4 * i + 5 * number) % len(PAIRS)]
-        config = CONFIGS[(3 * i + number) % len(CONFIGS)]
+        config = kernel.configs[(3 * i + number) % len(kernel.configs)]
         use(config)
         m, n = int(rng.integers(1, 2 * config.tokens + 1)), int(rng.integers(1, 80))
         k = gpu_formats.even(int(rng.integers(1, 700)), name_a, name_b)
@@ -111,21 +151,22 @@ def test_matrices(kind: str, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
         how: dict[str, Any] = {} if counts is None else {"segments": "masked", "said": counts.astype(("int32", "int64")[i % 2])}
         dtype = gpu_formats.OUTS[i % 3]
         out = multiply(
-            a, b, case, seed=i, eager=i % 2 == 1, dtype=dtype, bias=bias, out=("row", "column", "odd row", "odd column")[i % 4],
-            scale_layouts=("linear", LAYOUTS[i % 3]), strided_scale=i % 2 == 0, alpha_on_device=i % 2 == 0, **how,
+            kernel, a, b, case, seed=i, eager=i % 2 == 1, dtype=dtype, bias=bias, out=("row", "column", "odd row", "odd column")[i % 4],
+            layouts=(A_LAYOUTS[(i + number) % 5], "row"), scale_layouts=("linear", LAYOUTS[i % 3]), strided_scale=i % 2 == 0,
+            alpha_on_device=i % 2 == 0, **how,
         )  # fmt: skip
         oracles.check_exact(case, out, dtype)
 
 
-def test_public_masked_and_batched(use: Use) -> None:
-    use(CONFIGS[5])
+def test_public_masked_and_batched(kernel: Kernel, use: Use) -> None:
+    use(kernel.configs[5])
     rng = np.random.default_rng(0)
     a, b = formats.exact_operand(rng, "bf16", (3, 11, 208), True), formats.exact_operand(rng, "fp8_block", (3, 40, 208), False)
     counts = np.array([4, 0, 11], np.int32)
     with emulate() as ran:
-        masked = cugemm.grouped_matmul(operand(a), operand(b), counts=counts, backend="skinny")
-        whole = cugemm.matmul(operand(a), operand(b).T, backend="skinny")
-    assert ran == ["skinny", "skinny"]
+        masked = cugemm.grouped_matmul(operand(a), operand(b), counts=counts, backend=kernel.name)
+        whole = cugemm.matmul(operand(a), operand(b).T, backend=kernel.name)
+    assert ran == [kernel.name] * 2
     oracles.check_exact(formats.answer(a, b, counts=counts), masked, "bfloat16")
     oracles.check_exact(formats.answer(a, b), whole, "bfloat16")
 
@@ -144,14 +185,14 @@ PARTS = tuple(
 )
 
 
-@pytest.mark.parametrize("kind", ["dense", "batch", "one b", "masked"])
 @pytest.mark.parametrize("number", range(0, len(PAIRS), 2), ids=["-".join(pair) for pair in PAIRS[::2]])
-def test_parts_of_k(number: int, kind: str, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_k(number: int, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their sums meet in memory; everything that is done to a sum is done behind that."""
     monkeypatch.setattr(launch.values, "check", lambda *given: None)
+    i = number // 2
+    kind = ("dense", "batch", "one b", "masked")[i % 4]
     left, right = {"dense": ((), ()), "one b": ((3,), (1,))}.get(kind, ((3,), (3,)))
-    rng = np.random.default_rng(number + len(kind))
-    i = number // 2 + len(kind)
+    rng = np.random.default_rng(number)
     config = PARTS[i % len(PARTS)]
     use(config)
     m, n = int(rng.integers(1, 2 * config.tokens + 1)), int(rng.integers(1, 150))
@@ -217,9 +258,9 @@ def test_memory_for_parts_of_k(use: Use, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "mxfp4"])
-def test_scales_that_are_not_words(name: str, use: Use) -> None:
+def test_scales_that_are_not_words(name: str, kernel: Kernel, use: Use) -> None:
     """Every second byte, [blocks, n], at an odd address: linear and in tiles."""
-    use(CONFIGS[3])
+    use(kernel.configs[3])
     rng = np.random.default_rng(0)
     a, b = formats.exact_operand(rng, "bf16", (5, 1056), True), formats.exact_operand(rng, name, (40, 1056), False)
     assert b.scale is not None
@@ -233,19 +274,21 @@ def test_scales_that_are_not_words(name: str, use: Use) -> None:
             out = oracles.poison((5, 40), "float32")
             with emulate() as ran:
                 w = cugemm.Quantized(b.data, place, name, tensor_scale=b.tensor, scale_layout=layout)
-                cugemm.linear(a.data, w, out=out, backend="skinny")
-            assert ran == ["skinny"]
+                cugemm.linear(a.data, w, out=out, backend=kernel.name)
+            assert ran == [kernel.name]
             oracles.check_exact(formats.answer(a, b), out, "float32")
 
 
-@pytest.mark.parametrize("backend", ["skinny", "portable"])
+@pytest.mark.parametrize("kernel", [SKINNY, SWAP_AB, None], ids=["skinny", "swap_ab", "portable"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("matrices", [1, 3])
-def test_flat_scales(matrices: int, layout: str, backend: str, use: Use) -> None:
+def test_flat_scales(matrices: int, layout: str, kernel: Kernel | None, use: Use) -> None:
     """Rows of all matrices after each other; one matrix serves every product, and what lies behind its scales is not read."""
-    use(CONFIGS[4])
+    backend = kernel.name if kernel else "portable"
+    if kernel:
+        use(kernel.configs[4])
     rng = np.random.default_rng(matrices)
-    n = 64 if backend == "skinny" and layout != "linear" else 35  # 32 rows lie in one tile
+    n = 64 if kernel and layout != "linear" else 35  # 32 rows lie in one tile
     a, b = formats.exact_operand(rng, "bf16", (3, 9, 224), True), formats.exact_operand(rng, "nvfp4", (matrices, n, 224), False)
     assert b.scale is not None
     tiled = formats.tiled(b.scale.reshape(-1, b.scale.shape[-1]), layout)
@@ -261,15 +304,15 @@ def test_flat_scales(matrices: int, layout: str, backend: str, use: Use) -> None
         oracles.check_exact(formats.answer(a, b), out, "float32")
 
 
-def test_panels(use: Use) -> None:
+def test_panels(kernel: Kernel, use: Use) -> None:
     rng = np.random.default_rng(0)
     a, b = formats.exact_operand(rng, "e4m3", (5, 640), True), formats.exact_operand(rng, "e4m3", (40, 640), False)
     panels = np.ascontiguousarray(cugemm.prepare_low_latency_gemm_weights(b.data))
-    for config in (CONFIGS[1], CONFIGS[5]):
+    for config in (kernel.configs[1], kernel.configs[5]):
         use(config)
         with emulate() as ran:
-            out = cugemm.mm_fp8(a.data, panels, backend="skinny")
-        assert ran == ["skinny"]
+            out = cugemm.mm_fp8(a.data, panels, backend=kernel.name)
+        assert ran == [kernel.name]
         oracles.check_exact(formats.answer(a, b), out, "bfloat16")
 
 
@@ -277,10 +320,10 @@ def test_panels(use: Use) -> None:
 
 
 @pytest.mark.parametrize("pair", PAIRS[:7], ids="-".join)
-def test_special_values(pair: tuple[str, str], use: Use) -> None:
+def test_special_values(pair: tuple[str, str], kernel: Kernel, use: Use) -> None:
     """One NaN or infinity in a row of a or b spoils its row or column of the result, all of it, and no other."""
     rng = np.random.default_rng(3)
-    for config in (CONFIGS[4], CONFIGS[5]):
+    for config in (kernel.configs[4], kernel.configs[5]):
         use(config)
         sides = []
         for name, rows in zip(pair, (12, 40), strict=True):
@@ -293,18 +336,18 @@ def test_special_values(pair: tuple[str, str], use: Use) -> None:
         a, b = sides
         case = formats.answer(a, b)
         assert np.isnan(case.exact).any() and np.isfinite(case.exact).any()
-        out = multiply(a, b, case, dtype="float32")
+        out = multiply(kernel, a, b, case, dtype="float32")
         wrong = np.isnan(case.exact) != np.isnan(out)
         assert not wrong.any(), f"NaN in the wrong place: {np.argwhere(wrong)[:5].tolist()}"
         oracles.check_exact(case, out, "float32")
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8", "int4_g128", "int8_group", "fp8_block", "fp8_row"])
-def test_special_scales(name: str, use: Use) -> None:
+def test_special_scales(name: str, kernel: Kernel, use: Use) -> None:
     """NaN codes and infinities in the first, a middle and the last, partial block."""
     kind = FORMATS[name]
     rng = np.random.default_rng(4)
-    for config, k in ((CONFIGS[3], 384 + 32), (CONFIGS[5], 640)):
+    for config, k in ((kernel.configs[3], 384 + 32), (kernel.configs[5], 640)):
         use(config)
         b = formats.exact_operand(rng, name, (20 if kind.block[0] < 2 else 400, k), False)
         assert b.scale is not None
@@ -317,18 +360,18 @@ def test_special_scales(name: str, use: Use) -> None:
         with np.errstate(all="ignore"):
             case = formats.answer(a, b)
         assert not np.isfinite(case.exact).all(axis=0).all() and np.isfinite(case.exact).any()
-        oracles.check_exact(case, multiply(a, b, case, dtype="float32"), "float32")
+        oracles.check_exact(case, multiply(kernel, a, b, case, dtype="float32"), "float32")
 
 
-def test_no_k(use: Use) -> None:
+def test_no_k(kernel: Kernel, use: Use) -> None:
     """Zeros, and the bias, whatever the scales."""
-    for config in CONFIGS[::3]:
+    for config in kernel.configs[::3]:
         use(config)
         w = cugemm.Quantized(np.zeros((30, 0), oracles.dtype_of("float8_e4m3fn")), np.full((30, 1), np.inf, np.float32), "fp8_row")
         bias, out = np.arange(30, dtype=np.float32), oracles.poison((9, 30), "float32")
         with emulate() as ran:
-            cugemm.linear(np.zeros((9, 0), oracles.dtype_of("bfloat16")), w, bias, out=out, backend="skinny")
-        assert ran == ["skinny"]
+            cugemm.linear(np.zeros((9, 0), oracles.dtype_of("bfloat16")), w, bias, out=out, backend=kernel.name)
+        assert ran == [kernel.name]
         oracles.check_bits(out, np.tile(bias, (9, 1)))
 
 
@@ -337,27 +380,32 @@ def test_no_k(use: Use) -> None:
 
 @pytest.mark.parametrize("pair", [("bf16", "bf16"), ("fp8_group", "fp8_block"), ("fp16", "nvfp4")], ids="-".join)
 @pytest.mark.parametrize(("warps_k", "split"), [(2, 1), (4, 2)])
-def test_bits_of_a_row(pair: tuple[str, str], warps_k: int, split: int, use: Use) -> None:
+def test_bits_of_a_row(pair: tuple[str, str], warps_k: int, split: int, kernel: Kernel, use: Use) -> None:
     """They depend on nothing but the row and how k is cut: not on m, the row's place, other rows, the other cuts, or the schedule."""
     rng = np.random.default_rng(5)
     k, n = 672, 24
     a, b = formats.random_operand(rng, pair[0], (33, k)), formats.random_operand(rng, pair[1], (n, k))
     w = operand(b)
 
-    def rows(first: int, count: int, tokens: int, row_blocks: int = 1, seed: int = 1) -> Array:
-        use(Config(tokens, 4, warps_k, row_blocks, 3, split, 1, 1 + tokens % 3))
+    def rows(first: int, count: int, tokens: int, row_blocks: int = 1, x_stages: int = 4, seed: int = 1) -> Array:
+        if kernel is SKINNY:
+            use(Config(min(tokens, 32), 4, warps_k, row_blocks, 3, split, 1, 1 + tokens % 3))
+        else:
+            use(swap_ab.Config(max(tokens, 8), min(4, warps_k * row_blocks), warps_k, 3, x_stages, split, 1 + tokens % 3))
         part = a._replace(data=a.data[first : first + count], scale=None if a.scale is None else a.scale[first : first + count])
         out = oracles.poison((count, n), "float32")
         with emulate(seed=seed, eager=seed % 2 == 0):
-            cugemm.linear(operand(part), w, out=out, backend="skinny")
+            cugemm.linear(operand(part), w, out=out, backend=kernel.name)
         return out
 
     whole = rows(0, 33, 32)
     oracles.check_random(formats.answer(a, b, random_signs=True), whole, "float32")
-    for seed, (first, count, tokens, row_blocks) in enumerate(
-        [(0, 1, 1, 1), (32, 1, 1, 2), (7, 2, 2, 1), (3, 5, 8, 2), (1, 17, 16, 1), (0, 33, 8, 1), (0, 33, 32, 1)]
-    ):
-        oracles.check_bits(rows(first, count, tokens, row_blocks, seed + 2), whole[first : first + count], f"{count} rows from {first}")
+    cases = (
+        (0, 1, 1, 1, 4), (32, 1, 1, 2, 8), (7, 2, 2, 1, 4), (3, 5, 8, 2, 8), (1, 17, 16, 1, 4), (0, 33, 8, 1, 8),
+        (0, 33, 128 // warps_k, 1, 4),
+    )  # fmt: skip
+    for seed, (first, count, *how) in enumerate(cases):
+        oracles.check_bits(rows(first, count, *how, seed=seed + 2), whole[first : first + count], f"{count} rows from {first}")
 
 
 # --- what is refused, and what depends on the target ------------------------------------------------------------------------------------
@@ -377,10 +425,20 @@ def test_targets() -> None:
         assert none and {config.parts for config in none} == {1}, "where nobody can give it memory"
 
 
+def test_swap_ab_needs_products_of_warpgroups() -> None:
+    question = linear_call(64, 4096, 1024, "bfloat16", "bfloat16").problem._replace(backend="swap_ab")
+    for target in ("sm_80", "compute_89", "sm_100a", "sm_120a"):
+        with pytest.raises(NoKernelError, match="swap_ab: needs sm_90a"):
+            select.choose(question._replace(arch=target), H100)
+    asked = question._replace(arch="sm_90a")
+    for wrong in ({"zero": True}, {"a_scale": "e8m0"}, {"b_vector": False}, {"scale_block": 64}, {"m": 1000}, {"batch_invariant": True}):
+        assert swap_ab.KERNEL.refuse(asked._replace(**wrong)), wrong
+
+
 def test_a_launch_that_does_not_wait_shows(use: Use) -> None:
     """The emulator hides what the kernel ahead writes; before sm_90 there is no wait."""
     a, b = (formats.exact_operand(np.random.default_rng(6), "bf16", shape, True) for shape in ((4, 64), (16, 64)))
-    use(CONFIGS[3]._replace(pdl="prefetch"))
+    use(SKINNY.configs[3]._replace(pdl="prefetch"))
     for target, right in (("sm_90a", True), ("sm_80", False)):
         x, w, out = a.data.copy(), b.data.copy(), oracles.poison((4, 16), "float32")
         with emulate(target):
