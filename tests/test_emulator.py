@@ -160,6 +160,11 @@ def test_wrong_remote(fault: int) -> None:
     assert not all(remote(fault, seed) for seed in range(20))
 
 
+def test_too_large() -> None:
+    with pytest.raises(AssertionError, match="too large: 1 CTAs of 64 threads with 232464 bytes of shared memory"):
+        launch("ring", RING, (), 64, 232464, [np.zeros(320, np.uint32)], (0, 0), 1)
+
+
 def test_stuck() -> None:
     with pytest.raises(AssertionError, match="wait for each other for ever"):
         launch("ring", RING, (), 64, 432, [np.zeros(320, np.uint32)], (3, 0), 1)

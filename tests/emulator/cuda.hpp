@@ -217,7 +217,11 @@ int run(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel) {
     static Kernel* entry;
     static char* const stacks = static_cast<char*>(malloc(static_cast<size_t>(kMostThreads) * kStackBytes));
     const unsigned all = block * cluster_size;
-    if (all > kMostThreads || cluster_size > kMostCtas) return 3;
+    if (all > kMostThreads || cluster_size > kMostCtas || shared_size > kSharedBytes) {
+        snprintf(failure, sizeof failure, "too large: %u CTAs of %u threads with %u bytes of shared memory", cluster_size, block,
+                 shared_size);
+        return 3;
+    }
     ctas = cluster_size, failure[0] = 0;
     entry = &kernel;
     threads = block, blockDim.x = block, gridDim.x = grid;
