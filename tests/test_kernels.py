@@ -2,8 +2,8 @@
 
 Which cubins: every pair of decodes on every arch, each with a tile, majors, VECTOR and SCALE_BLOCK dealt out so that all of them meet;
 every loader with all of those; every tile that the cost model picks for the shapes the benchmarks use, and every way to cut k; of skinny
-every pair, and every two values of its config's axes; what the documented examples take; every mode of the helper kernels. The static
-assertions in the sources check shared memory and argument structs on the way.
+and swap_ab every pair, and every two values of their configs' axes; what the documented examples take; every mode of the helper kernels.
+The static assertions in the sources check shared memory and argument structs on the way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from conftest import ROOT
 from cugemm import arch, compile, formats, problem, select
 from cugemm.arch import Device
 from cugemm.arrays import View, dense_strides
-from cugemm.catalog import Step, portable, skinny
+from cugemm.catalog import Step, portable, skinny, swap_ab
 from cugemm.compile import Job
 from cugemm.conversion import QuantizeOptions
 from cugemm.problem import OPS, GemmCall, GemmOptions, Problem
@@ -193,40 +193,45 @@ def conversion_calls(target: str) -> Iterator[Any]:
 
 # --- few rows ---------------------------------------------------------------------------------------------------------------------
 
-MOST_SKINNY = 70
-SKINNY_MKS = tuple(itertools.product((1, 2, 4, 8, 16, 32, 64), (256, 2048, 7168, 14336)))
+FEW_ROWS = {
+    "skinny": (skinny.KERNEL, ("tokens", "row_blocks", "stages", "split", "parts"), ("warps", "warps_k")),
+    "swap_ab": (swap_ab.KERNEL, ("tokens", "stages", "x_stages", "split"), ("warpgroups", "warps_k")),
+}
+"""Kernel, axes of its configs, and two that go together."""
+MOST_FEW_ROWS = 70
+FEW_ROWS_MKS = tuple(itertools.product((1, 2, 4, 8, 16, 32, 64), (256, 2048, 7168, 14336)))
 
 
-def skinny_choices(target: str) -> Iterator[list[tuple[Problem, skinny.Config]]]:
-    """For each pair that skinny multiplies, its configs over rows and k; a second time with float scales along k, where it has those."""
+def few_rows_choices(name: str, target: str) -> Iterator[list[tuple[Problem, Any]]]:
+    """For each pair that the kernel multiplies, its configs over rows and k; again with float scales along k, where it has those."""
+    kernel = FEW_ROWS[name][0]
     for block, (a, b) in itertools.product((0, 128), PAIRS):
-        question = Choice(target, (a, b), 0, "k", "k", True, block).question()._replace(backend="skinny")
-        asked = [question._replace(m=m, k=k) for m, k in SKINNY_MKS]
-        found = [(q, config) for q in asked if skinny.KERNEL.refuse(q) is None for config in skinny.KERNEL.candidates(q, DEVICES[target])]
+        question = Choice(target, (a, b), 0, "k", "k", True, block).question()._replace(backend=name)
+        asked = [question._replace(m=m, k=k) for m, k in FEW_ROWS_MKS]
+        found = [(q, config) for q in asked if kernel.refuse(q) is None for config in kernel.candidates(q, DEVICES[target])]
         if found:
             yield found
 
 
-def skinny_axes(choice: tuple[Problem, skinny.Config]) -> frozenset[tuple[tuple[str, Any], ...]]:
+def few_rows_axes(name: str, choice: tuple[Problem, Any]) -> frozenset[tuple[tuple[str, Any], ...]]:
     """Every two values of what macros say, decodes aside."""
-    question, config = choice
-    values = {"block": question.scale_block, "warps": (config.warps, config.warps_k)}
-    values |= {name: getattr(config, name) for name in ("tokens", "row_blocks", "stages", "split", "parts")}
+    (question, config), (_, axes, together) = choice, FEW_ROWS[name]
+    values = {"block": question.scale_block, "together": tuple(getattr(config, axis) for axis in together)}
+    values |= {axis: getattr(config, axis) for axis in axes}
     return frozenset(itertools.combinations(sorted(values.items()), 2))
 
 
 @functools.cache
-def skinny_cover(target: str) -> tuple[tuple[Problem, skinny.Config], ...]:
+def few_rows_cover(name: str, target: str) -> tuple[tuple[Problem, Any], ...]:
     """Each pair with the config that shows most combinations not seen before, round and round until there is nothing new."""
-    pools = list(skinny_choices(target))
-    scored = [[(choice, skinny_axes(choice)) for choice in pool] for pool in pools]
+    scored = [[(choice, few_rows_axes(name, choice)) for choice in pool] for pool in few_rows_choices(name, target)]
     seen: set[Any] = set()
-    rows: list[tuple[Problem, skinny.Config]] = []
+    rows: list[tuple[Problem, Any]] = []
     pairs: set[tuple[str, str, str]] = set()
     for turn, pool in enumerate(scored * 4):
         best, axes = max(pool, key=lambda choice: len(choice[1] - seen))
         pair = (best[0].a, best[0].b, best[0].b_scale)
-        if (turn < len(scored) and pair not in pairs) or (len(rows) < MOST_SKINNY and axes - seen):
+        if (turn < len(scored) and pair not in pairs) or (len(rows) < MOST_FEW_ROWS and axes - seen):
             rows.append(best)
             seen |= axes
             pairs.add(pair)
@@ -254,9 +259,10 @@ def jobs_of(target: str) -> list[Job]:
             splits = [c for c in portable.KERNEL.candidates(question, arch.H100) if c[:-1] == config[:-1]]
             for step in portable.KERNEL.steps(template._replace(problem=question), splits[i % len(splits)]):
                 add(step)
-    for question, few in skinny_cover(target):
-        for step in skinny.KERNEL.steps(template._replace(problem=question), few):
-            add(step)
+    for name, (kernel, *_) in FEW_ROWS.items():
+        for question, few in few_rows_cover(name, target):
+            for step in kernel.steps(template._replace(problem=question), few):
+                add(step)
     for call in layer_calls():
         question = call.problem._replace(arch=target)
         best = select.choose(question, DEVICES[target]).best
@@ -288,27 +294,32 @@ def test_the_cover_covers() -> None:
     assert all(row.possible() for row in rows)
 
 
-@pytest.mark.parametrize("target", ARCHS)
-def test_the_cover_of_skinny(target: str) -> None:
+@pytest.mark.parametrize(("name", "target"), [*(("skinny", target) for target in ARCHS), ("swap_ab", "sm_90a")])
+def test_the_cover_of_few_rows(name: str, target: str) -> None:
     """Every pair, every two values of the axes; clusters and shared memory that the arch has."""
-    pools, rows = list(skinny_choices(target)), skinny_cover(target)
-    assert len(rows) <= MOST_SKINNY
+    pools, rows, kernel = list(few_rows_choices(name, target)), few_rows_cover(name, target), FEW_ROWS[name][0]
+    assert len(rows) <= MOST_FEW_ROWS
     decodes = [{(q.a, q.b, q.b_scale) for q, _ in found} for found in ([pool[0] for pool in pools], rows)]
     assert decodes[0] == decodes[1] and len(decodes[0]) >= 36
-    possible, seen = ({axes for choice in found for axes in skinny_axes(choice)} for found in (itertools.chain(*pools), rows))
+    possible, seen = ({axes for choice in found for axes in few_rows_axes(name, choice)} for found in (itertools.chain(*pools), rows))
     assert seen == possible
-    found = arch.get(target)
-    assert {config.cuts for _, config in rows} == {1, 2, 4, 8}
-    assert {config.split if "cluster" not in found.features else config.parts for _, config in rows} == {1}
-    steps = [skinny.KERNEL.steps(linear_call(8, 4096, 4096, "bfloat16", "bfloat16")._replace(problem=q), config)[0] for q, config in rows]
+    found, call = arch.get(target), linear_call(8, 4096, 4096, "bfloat16", "bfloat16")
+    assert {config.split * getattr(config, "parts", 1) for _, config in rows} == {1, 2, 4, 8}
+    if name == "skinny":
+        assert {config.split if "cluster" not in found.features else config.parts for _, config in rows} == {1}
+    steps = [kernel.steps(call._replace(problem=q), config)[0] for q, config in rows]
     assert all(isinstance(step, Step) and 0 < step.smem <= found.max_smem for step in steps)
+
+
+def test_swap_ab_is_for_one_arch() -> None:
+    assert [target for target in ARCHS if few_rows_cover("swap_ab", target)] == ["sm_90a"]
 
 
 def test_every_decode_and_mode_appears() -> None:
     jobs = jobs_of("sm_90a")
     kernels = {path.stem for path in (ROOT / "kernels").glob("*.cu")}
     assert {job.stem for job in jobs} == kernels - {"stream", "reduce"}, "stream is the benchmark's own"
-    assert {job.stem for job in jobs_of("sm_80")} == kernels - {"stream"}
+    assert {job.stem for job in jobs_of("sm_80")} == kernels - {"stream", "swap_ab"}
     gemms = [job.defines for job in jobs if job.stem == "portable"]
     assert len({(d["A_ELEMENT"], d["A_SCALE"], d["B_ELEMENT"], d["B_SCALE"]) for d in gemms}) == len(PAIRS)
     assert {d["SCALE_BLOCK"] for d in gemms} == set(SCALE_BLOCKS)
