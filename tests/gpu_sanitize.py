@@ -35,7 +35,7 @@ BLOCKS = [
     ("bf16", "nvfp4"), ("nvfp4", "nvfp4"), ("mxfp8", "mxfp4"), ("fp16", "mxfp4"), ("bf16", "uint4_g32"), ("fp16", "int4_g64"),
     ("int8_row", "int4_g128"), ("fp8_group", "mxfp8"), ("nvfp4_row", "int4_g32"),
 ]  # fmt: skip
-SKINNY = [("bf16", "bf16"), ("bf16", "fp8_row"), ("fp8_group", "fp8_block"), ("bf16", "nvfp4"), ("bf16", "mxfp8"), ("fp16", "int4_g128")]
+FEW_ROWS = [("bf16", "bf16"), ("bf16", "fp8_row"), ("fp8_group", "fp8_block"), ("bf16", "nvfp4"), ("bf16", "mxfp8"), ("fp16", "int4_g128")]
 SHAPES = [(1, 1, 2), (17, 33, 66), (129, 131, 258)]
 
 
@@ -117,20 +117,28 @@ def blocks(dev: Any, number: int) -> None:
                 gpu_formats.verify(dev, pair, layouts=layouts, scale_layouts=(scale_layout, scale_layout))
 
 
-def skinny(dev: Any, number: int) -> None:
-    """Few rows: one CTA or a cluster for each tile, pieces of a, matrices, counts out of range, no k."""
-    a, b = SKINNY[number]
+def few_rows(dev: Any, kernel: str, number: int) -> None:
+    """One CTA or a cluster for each tile, pieces of a, matrices, counts out of range, no k."""
+    a, b = FEW_ROWS[number]
     for i, (m, n, k) in enumerate([*SHAPES, (5, 70, 528), (64, 40, 130), (3, 5, 0)]):
         pair = formats.make(i, min(m, 64), n, k, a, b, exact=True, bias=True)
         for tile in range(number + i, 60, 13):
             with gpu_arrays.planned(tile):
-                gpu_formats.verify(dev, pair, backend="skinny", scale_layouts=("linear", ("linear", "128x4", "8x4")[tile % 3]))
+                gpu_formats.verify(dev, pair, backend=kernel, scale_layouts=("linear", ("linear", "128x4", "8x4")[tile % 3]))
     pair, counts = formats.make(9, 9, 40, 264, a, b, exact=True, batch=(3,)), np.array([4, -3, 17])
-    case = formats.answer(pair.a, pair.b, counts=counts, repro=f"skinny(dev, {number}) exact=True")
+    case = formats.answer(pair.a, pair.b, counts=counts, repro=f"{kernel}(dev, {number}) exact=True")
     for tile in (0, 11, 30):
         with gpu_arrays.planned(tile):
-            out = gpu_formats.multiply(dev, pair.a, pair.b, case, backend="skinny", segments="masked", said=counts)
+            out = gpu_formats.multiply(dev, pair.a, pair.b, case, backend=kernel, segments="masked", said=counts)
             formats.check(pair, out, "bfloat16", case)
+
+
+def skinny(dev: Any, number: int) -> None:
+    few_rows(dev, "skinny", number)
+
+
+def swap_ab(dev: Any, number: int) -> None:
+    few_rows(dev, "swap_ab", number)
 
 
 def chosen(dev: Any, kind: str) -> None:
@@ -170,11 +178,12 @@ def conversions(dev: Any, dtype: str) -> None:
 def main() -> int:
     dev = gpu_arrays.Cupy()
     dev.unpooled()
+    few = (skinny, swap_ab) if "wgmma" in launch.machine(0)[0].features else (skinny,)
     todo = [
         *((dense, i) for i in range(len(DENSE))),
         *((grouped, tile) for tile in range(3)),
         *((blocks, i) for i in range(len(BLOCKS))),
-        *((skinny, i) for i in range(len(SKINNY))),
+        *((kernel, i) for kernel in few for i in range(len(FEW_ROWS))),
         *((chosen, kind) for kind in gpu_formats.GROUPS),
         (rows, "bfloat16"),
         (rows, "float32"),
