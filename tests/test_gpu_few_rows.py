@@ -197,8 +197,8 @@ def test_overlapping_launches(dev: Any, kernel: str, static: bool, b: str) -> No
     pair = formats.make(2, m, k, k, "bf16", b, exact=False)
     start, w = (gpu_formats.operand(dev, side) for side in (pair.a, pair.b))
 
-    def chain(tile: int, **how: Any) -> Any:
-        options = gemm_options(ANY, None, kernel, b_axes="nk", **how)
+    def chain(tile: int, pdl: bool = False) -> Any:
+        options = gemm_options(ANY, None, kernel, how=(pdl, pdl and static, False), b_axes="nk")
         buffers = [start.copy(), dev.put(oracles.poison((m, k), "bfloat16"))]
         with planned(tile):
             for i in range(100):
@@ -209,7 +209,7 @@ def test_overlapping_launches(dev: Any, kernel: str, static: bool, b: str) -> No
         alone = chain(tile)
         assert np.isfinite(alone.astype(np.float32)).all()
         for _ in range(5):
-            oracles.check_bits(chain(tile, pdl=True, static_weights=static), alone, f"config {tile}")
+            oracles.check_bits(chain(tile, pdl=True), alone, f"config {tile}")
 
 
 # --- large offsets ----------------------------------------------------------------------------------------------------------------------

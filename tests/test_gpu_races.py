@@ -136,7 +136,7 @@ def test_ten_thousand_calls_beside_a_busy_stream(dev: Any, kernel: str, b: str) 
 
     def keep_busy() -> None:
         queued[:] = [event for event in queued if not event.done]
-        while len(queued) < 32:
+        while len(queued) < 128:
             with side:
                 cp.matmul(noise, noise, out=product)
                 cp.copyto(copy, product)
