@@ -346,9 +346,9 @@ struct Mail {
         // The lane that summed value n of a token: n % 8 is its row g, token / 2 its t.
         const u32 letters = shared.mail + q / SPLIT * kSources * 512 + (at.t % 2 * 16 + at.g / 2) * 16 + (at.t / 2 * 2 + at.g % 2) * 4;
 #pragma unroll 4
-        for (int source = 0; source < kSources; ++source) {
+        for (int sender = 0; sender < kSources; ++sender) {
 #pragma unroll
-            for (int c = 0; c < 4; ++c) x[c] += load_shared_float(letters + source * 512 + c * 64);
+            for (int c = 0; c < 4; ++c) x[c] += load_shared_float(letters + sender * 512 + c * 64);
         }
 #pragma unroll
         for (int c = 0; c < 4; ++c) x[c] = source < 0 ? 0.f : x[c] * kResidue * row * factor[c] * alpha + bias[c];
