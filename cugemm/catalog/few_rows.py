@@ -18,7 +18,7 @@ _MOST_WAVES = 4
 def refuse(problem: Problem, most: int) -> str | None:
     """Why rows of A, or weights, do not go through these kernels, of which one takes `most` rows."""
     if (rows(problem) > most or (problem.grouped and problem.m == BUCKETS[-1])) and not problem.batch_invariant:
-        return f"multiplies up to {most} rows, of a matrix or on average of a segment"
+        return f"multiplies up to {most} rows{' of a segment, on average' if problem.grouped else ''}"
     if problem.a not in _LEFT or problem.b not in _RIGHT or problem.a_scale or problem.zero:
         return "takes 16-bit or float8 rows, and weights without zero points"
     if not problem.b_vector:

@@ -1,4 +1,4 @@
-"""`kernels/skinny.cu`: up to 64 rows of a matrix, or of each segment on average, with weights contiguous along k; sm_80 and up."""
+"""`kernels/skinny.cu`: up to 64 rows of a matrix, or of each segment, with weights contiguous along k; sm_80 and up."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cugemm.formats import BF16, E2M1X2, E4M3, E5M2, E8M0, FP16, INT4X2, INT8
 from cugemm.problem import FLOATS8, OUT, GemmCall, Problem
 from cugemm.scales import ceil_div
 
-_MOST_ROWS = 64
+_MOST_ROWS, _MOST_OF_SEGMENT = 64, 16
 _FEW = 16
 
 
@@ -102,7 +102,7 @@ class Skinny:
         refused = gemm.refuse(problem, self.name)
         if refused or not isinstance(problem, Problem):
             return refused
-        refused = few_rows.refuse(problem, _MOST_ROWS)
+        refused = few_rows.refuse(problem, _MOST_OF_SEGMENT if problem.grouped else _MOST_ROWS)
         if refused:
             return refused
         if not self.candidates(problem, arch.H100):
