@@ -81,10 +81,11 @@ class SwapAB:
             return "needs sm_90a"
         if problem.batch_invariant:
             return "adds up in another order for another m"
-        if (
-            problem.grouped
-        ):  # NOTE: its segments are right in every test, but a graph of Mixtral's layer at 128 tokens read where it must not
+        if problem.grouped:
+            # NOTE: segments are right in every test, but a graph of Mixtral's layer at 128 tokens read where it must not.
             return "leaves segments to skinny and portable"
+        if problem.batch > 1 and problem.backend == "auto":  # they too make more clusters than the GPU holds
+            return "leaves batches to skinny and portable"
         if problem.m < _LEAST_ROWS and problem.backend == "auto":
             return f"leaves fewer than {_LEAST_ROWS} rows to skinny, which was as fast or faster wherever both were timed"
         return few_rows.refuse(problem, _MOST_ROWS)
