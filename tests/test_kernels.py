@@ -40,7 +40,7 @@ DEVICES = {
     "sm_121a": Device("GB10", 48, 2_400_000, 254.0, 24 << 20, 100 << 10),
 }
 ARCHS = tuple(DEVICES)
-MOST_PER_ARCH = 360
+MOST_PER_ARCH = 380
 
 DECODES = {
     **{name: (name, "", False) for name in ("bf16", "fp16", "e4m3", "e5m2", "e2m1", "e2m1x2", "int8", "int4x2")},
@@ -329,7 +329,7 @@ def test_every_decode_and_mode_appears() -> None:
 
 def test_the_list_is_finite() -> None:
     assert max(len(jobs_of(target)) for target in ARCHS) <= MOST_PER_ARCH
-    assert sum(len(jobs_of(target)) for target in ARCHS) <= 2700, "the test below would take too long"
+    assert sum(len(jobs_of(target)) for target in ARCHS) <= 2750, "the test below would take too long"
 
 
 def complaints(job: Job) -> list[str]:
