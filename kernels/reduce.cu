@@ -9,7 +9,7 @@
 #define SCALE_BLOCK 0
 #define ROW_BLOCKS  1
 #define STAGES      2
-#define WARPS_K     1
+#define STEPS_APART 1
 #include "common/rows.cuh"
 
 constexpr int kWarps = 4;

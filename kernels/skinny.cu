@@ -6,20 +6,26 @@
 // fragments of several MMAs, and A is laid down once in the order that those chunks ask for.
 //
 //   step    128 bytes of each weight row of a tile of 16 * ROW_BLOCKS rows; lane l multiplies chunks l % 4 and l % 4 + 4 of rows l / 4 + 8 i
-//   k       SPLIT CTAs of a cluster cut k into runs of steps; in each, WARPS_K warps take its steps in turn. Where there are no clusters,
-//           PARTS CTAs cut it, and leave their sums in memory for reduce.cu
-//   rows    groups of WARPS_K warps, and clusters, take tiles in turn; more than TOKENS rows of A are cut among clusters
+//   tiles   clusters have successive ones, as many each; more than TOKENS rows of A are cut among clusters
+//   k       SPLIT CTAs of a cluster cut k into runs of steps. Where there are no clusters, PARTS CTAs cut it, and leave their sums in memory
+//           for reduce.cu
+//   runs    the steps of all tiles of a CTA, one behind the other, are cut into a run for each group of WARPS_K warps, which take its steps
+//           in turn: all have the same to do, and what is read at a time lies together
 //   ring    each warp copies what it will read itself, STAGES - 1 steps ahead and across tiles: no barrier in the main loop
-//   sums    of a tile meet in shared memory, in one order: those of warps behind a barrier of their group, those of CTAs in the one of
-//           them whose turn it is, SPLIT tiles later
+//   sums    of all tiles meet in shared memory, in one order, behind the only barrier; those of CTAs in the one of them that stores the
+//           tile, behind one barrier of the cluster
 //   launch  may begin before its predecessor has ended: weights are prefetched or loaded then, everything else waits
 //
 // Not handled: B contiguous along n or not in 16-byte pieces, floats of 32 or 64 k, zero points, fp16 beside bf16.
+#define STEPS_APART WARPS_K
 #include "common/rows.cuh"
 
 constexpr int kThreads = 32 * WARPS, kGroups = WARPS / WARPS_K, kCuts = SPLIT * PARTS;
 constexpr int kUnitBytes = kTokenBlocks * kTokens * 4 * 16;  // of A: 8 values of each token for each of 4 lanes
 constexpr int kStepBytes = 2 * kUnits * kUnitBytes;
+constexpr int kPartsOfTile = ROW_BLOCKS * kTokenBlocks;  // an MMA's 16 columns of D and 8 rows
+constexpr int kSumLanes = larger(1, kTokens / 2);        // of four, that have sums of tokens which others have not
+constexpr int kPartBytes = 128 * kSumLanes, kTileBytes = kPartsOfTile * kPartBytes;
 static_assert(WARPS % WARPS_K == 0 && (SPLIT == 1 || PARTS == 1));
 
 // Activations ---------------------------------------------------------------------------------------------------------------------
@@ -28,6 +34,7 @@ static_assert(WARPS % WARPS_K == 0 && (SPLIT == 1 || PARTS == 1));
 struct Activations {
     static constexpr int kApart = kThreads / (4 * kTokens * kTokenBlocks);  // units from one piece of a thread to its next
     static_assert(kThreads % (4 * kTokens * kTokenBlocks) == 0, "threads take whole units");
+    static constexpr u32 kPieceBytes = kThreads * 16;  // from one to the next
     u32 first, end;
 
     __device__ __forceinline__ Activations(const Place& at, u32 shared)
@@ -38,12 +45,23 @@ struct Activations {
         const int t = threadIdx.x % 4, token = threadIdx.x / 4 % kTokens + threadIdx.x / (4 * kTokens) % kTokenBlocks * 8;
         const i32 row = token < tokens_of(at.work) ? source_row(args, result_row(args, at.work, token)) : -1;
         const u8* a = reinterpret_cast<const u8*>(args.a) + (at.work.batch * args.a_batch + row * args.a_row) * kRowValueBytes;
-        const bool pieces = args.a_k == 1 && args.k % 8 == 0 && reinterpret_cast<u64>(a) % 16 == 0;
+        const bool pieces = row >= 0 && args.a_k == 1 && args.k % 8 == 0 && reinterpret_cast<u64>(a) % 16 == 0;
         int unit = threadIdx.x / (4 * kTokens * kTokenBlocks);
+        const auto place = [&] { return ((at.first_step * 2 + unit / kUnits) * 4 + t) * kValues + unit % kUnits * 8; };
+        u32 to = first;
+        if (kApart % kUnits == 0 && pieces) {  // equal distances
+            constexpr i32 kFar = kApart / kUnits * 4 * kValues;
+            const i32 k = place();
+            i32 left = smaller((static_cast<i32>(end - to) + static_cast<i32>(kPieceBytes) - 1) / static_cast<i32>(kPieceBytes),
+                               k < args.k ? (args.k - k + kFar - 1) / kFar : 0);
+            const u8* p = a + k * kRowValueBytes;
+            unit += left * kApart;
+#pragma unroll 4
+            for (; left > 0; --left, to += kPieceBytes, p += kFar * kRowValueBytes) copy_async<8 * kRowValueBytes>(to, p);
+        }
 #pragma unroll 1
-        for (u32 to = first; to < end; to += kThreads * 16, unit += kApart) {
-            const i32 k = ((at.first_step * 2 + unit / kUnits) * 4 + t) * kValues + unit % kUnits * 8;
-            const i32 count = row < 0 ? 0 : smaller(args.k - k, 8);
+        for (; to < end; to += kPieceBytes, unit += kApart) {
+            const i32 k = place(), count = row < 0 ? 0 : smaller(args.k - k, 8);
             if (count > 0 && pieces)
                 copy_async<8 * kRowValueBytes>(to, a + k * kRowValueBytes);
             else {
@@ -56,8 +74,20 @@ struct Activations {
     // What the thread has fetched, which is here now, becomes 16-bit and pairs up.
     __device__ __forceinline__ void finish() const {
         if constexpr (kRowValueBytes == 2 && kInOrder) return;
+        u32 at = first;
 #pragma unroll 1
-        for (u32 at = first; at < end; at += kThreads * 16) {
+        for (; at + 3 * kPieceBytes < end; at += 4 * kPieceBytes) {  // several at a time: shared memory takes a while to answer
+            Chunk c[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) c[i] = load_shared_16(at + i * kPieceBytes);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const Chunk x = pair_up(c[i]);
+                store_shared_16(at + i * kPieceBytes, x.word[0], x.word[1], x.word[2], x.word[3]);
+            }
+        }
+#pragma unroll 1
+        for (; at < end; at += kPieceBytes) {
             const Chunk c = pair_up(load_shared_16(at));
             store_shared_16(at, c.word[0], c.word[1], c.word[2], c.word[3]);
         }
@@ -67,12 +97,11 @@ struct Activations {
 // Main loop -----------------------------------------------------------------------------------------------------------------------
 
 template <int kUnit>
-__device__ __forceinline__ void multiply_units(Sums& sum, const Chunk (&raw)[ROW_BLOCKS * 2], const u32 (&scale)[ROW_BLOCKS * 2][2], u32 a,
-                                               bool there) {
-    Chunk x[kTokenBlocks] = {};
+__device__ __forceinline__ void multiply_units(Sums& sum, const Chunk (&raw)[ROW_BLOCKS * 2], const u32 (&scale)[ROW_BLOCKS * 2][2],
+                                               u32 a) {
+    Chunk x[kTokenBlocks];
 #pragma unroll
-    for (int j = 0; j < kTokenBlocks; ++j)
-        if (there) x[j] = load_shared_16(a + kUnit * kUnitBytes + j * (kTokens * 64));
+    for (int j = 0; j < kTokenBlocks; ++j) x[j] = load_shared_16(a + kUnit * kUnitBytes + j * (kTokens * 64));
     constexpr int kBlock = kScaleOfUnit<kUnit>;
 #pragma unroll
     for (int i = 0; i < ROW_BLOCKS; ++i) {
@@ -89,28 +118,24 @@ __device__ __forceinline__ void multiply_units(Sums& sum, const Chunk (&raw)[ROW
             }
         }
     }
-    if constexpr (kUnit + 1 < kUnits) multiply_units<kUnit + 1>(sum, raw, scale, a, there);
+    if constexpr (kUnit + 1 < kUnits) multiply_units<kUnit + 1>(sum, raw, scale, a);
 }
 
-// Sums of one tile over this warp's steps.
-__device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch& fetch, i32 tile, u32& stage, u32 activations) {
+// Sums of one tile over `count` of this warp's steps from `step` on.
+__device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch& fetch, const Reads& reads, i32 tile, i32 step, i32 count,
+                                              u32& stage, u32 activations) {
     u32 nan[ROW_BLOCKS * 2] = {};
     BlockScales block(fetch.args, at, tile);
-    const bool there = at.g < kTokens;  // lanes of tokens that nobody asked for multiply zeros
+    u32 a = activations + step * kStepBytes + (at.g % kTokens * 4 + at.t) * 16;  // lanes of tokens that nobody asked for take others'
 #pragma unroll 1
-    for (i32 round = 0; round < at.rounds; ++round) {
+    for (; count > 0; --count, step += WARPS_K, a += WARPS_K * kStepBytes) {
         copy_async_wait<STAGES - 2>();
         delay();
         __syncwarp();  // lanes read what others fetched, and all are done with the stage that is filled next
         Chunk raw[2][ROW_BLOCKS * 2];
         u32 scale[2][ROW_BLOCKS * 2][2] = {};
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-#pragma unroll
-            for (int i = 0; i < ROW_BLOCKS * 2; ++i)
-                raw[c][i] = load_shared_16(stage + (i * 8 + at.g) * 128 + at.t * 16 + (c ^ at.g % 2) * 64);
-            load_scales(scale[c], at, stage, c);
-        }
+        for (int c = 0; c < 2; ++c) reads.load(raw[c], scale[c], stage, c);
         stage = stage == fetch.ring + (STAGES - 1) * kStageBytes ? fetch.ring : stage + kStageBytes;
         fetch.next();
         if constexpr (kLookForNan) {
@@ -120,18 +145,15 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
                 nan[i / 4] |= nan_codes(raw[1][i / 4].word[i % 4]);
             }
         }
-        const i32 step = round * WARPS_K + at.warp_k;
-        if constexpr (SCALE_BLOCK != 0) block.load(fetch.args, at.first_step + step);
-        if (step >= at.steps) continue;  // the other warps, or CTAs, have one step more
-        const u32 a = activations + step * kStepBytes + (at.g * 4 + at.t) * 16;
         if constexpr (SCALE_BLOCK == 0) {
-            multiply_units<0>(sum, raw[0], scale[0], a, there);
-            multiply_units<0>(sum, raw[1], scale[1], a + kUnits * kUnitBytes, there);
+            multiply_units<0>(sum, raw[0], scale[0], a);
+            multiply_units<0>(sum, raw[1], scale[1], a + kUnits * kUnitBytes);
         } else {
+            block.load(fetch.args, at.first_step + step);
             Sums part = {};
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                multiply_units<0>(part, raw[c], scale[c], a + c * kUnits * kUnitBytes, there);
+                multiply_units<0>(part, raw[c], scale[c], a + c * kUnits * kUnitBytes);
                 if (c == 0 && kParts == 1) continue;
                 if (c == 1 && kParts == 2 && ((at.first_step + step) * 2 + 1) * SCALE_BLOCK >= fetch.args.k) break;  // no block, no scale
                 block.add(sum, part, c * (kParts - 1));
@@ -150,24 +172,78 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
     }
 }
 
-// Sums of a tile from all CTAs of the cluster go to the CTA whose turn the tile is: [2][SPLIT][groups] of SPLIT turns at a time.
-__device__ __forceinline__ u32 letters(u32 mail, const Place& at, i32 batch, int from) {
-    return mail + ((batch % 2 * SPLIT + from) * kGroups + at.group) * kSumBytes + at.lane * 16;
-}
-__device__ __forceinline__ void finish_turns(const Args& args, const Place& at, u32 mail, i32 batch, int rank) {
-    const i32 tile = at.tile + (batch * SPLIT + rank) * at.stride;
-    const bool mine = batch >= 0 && tile < at.tiles && at.warp_k < ROW_BLOCKS * kTokenBlocks;
-    Factors factors;
-    if (mine) factors.load(args, at, tile, at.warp_k);
-    cluster_wait();
-    delay();
-    for (int part = at.warp_k; mine && part < ROW_BLOCKS * kTokenBlocks; part += WARPS_K) {
-        if (part != at.warp_k) factors.load(args, at, tile, part);
-        float total[4] = {};
-        add_up(total, letters(mail, at, batch, 0) + part * 512, SPLIT, kGroups * kSumBytes);
-        factors.store(args, at, tile, part, total);
+// Sums ----------------------------------------------------------------------------------------------------------------------------
+
+// What groups of warps have of the CTA's tiles, of which each has `steps` steps: group g from its step g * run on.
+struct Runs {
+    const Args& args;
+    const Place& at;
+    i32 first, count, run;  // tiles
+    i32 most;               // tiles that a group has a part of
+    u32 sums, mail;         // in shared memory: [groups][most][WARPS_K] tiles; [tiles that this CTA stores][SPLIT]
+    int rank;
+
+    __device__ __forceinline__ u32 own() const { return (at.g * kSumLanes + at.t % kSumLanes) * 16; }
+    __device__ __forceinline__ u32 place(int group, i32 i) const {  // of the sums of its first warp
+        const i32 before = kGroups > 1 && run > 0 ? group * run / at.steps : 0;
+        return sums + (group * most + i - before) * (WARPS_K * kTileBytes) + own();
     }
-}
+    __device__ __forceinline__ u32 letter(i32 i, int from) const { return mail + (i / SPLIT * SPLIT + from) * kTileBytes + own(); }
+
+    // This warp's sums of tile i.
+    __device__ __forceinline__ void leave(const Sums& sum, i32 i, int warp) const {
+        if (at.t >= kSumLanes) return;
+        const u32 to = place(warp / WARPS_K, i) + warp % WARPS_K * kTileBytes;
+#pragma unroll
+        for (int part = 0; part < kPartsOfTile; ++part) {
+            const float (&s)[4] = sum[part / kTokenBlocks][part % kTokenBlocks];
+            store_shared_16(to + part * kPartBytes, __float_as_uint(s[0]), __float_as_uint(s[1]), __float_as_uint(s[2]),
+                            __float_as_uint(s[3]));
+        }
+    }
+    // Parts of tiles, which warps take in turn.
+    __device__ __forceinline__ void meet(int warp) const {
+        const i32 parts = count * kPartsOfTile;
+        Factors factors;
+        if (SPLIT == 1 && warp < parts) factors.load(args, at, first + warp / kPartsOfTile, warp % kPartsOfTile);
+        __syncthreads();  // all have left their sums
+        delay();
+#pragma unroll 1
+        for (i32 number = warp; number < parts; number += WARPS) {
+            const i32 i = number / kPartsOfTile, part = number % kPartsOfTile, begin = i * at.steps;
+            const i32 from = kGroups > 1 && run > 0 ? begin / run : 0, to = kGroups > 1 && run > 0 ? (begin + at.steps - 1) / run : 0;
+            if (SPLIT == 1 && number != warp) factors.load(args, at, first + i, part);
+            float total[4] = {};
+#pragma unroll 1
+            for (int group = from; group <= to; ++group) {
+                if (run > 0) add_up(total, place(group, i) + part * kPartBytes, WARPS_K, kTileBytes);
+            }
+            if constexpr (SPLIT == 1)
+                factors.store(args, at, first + i, part, total, PARTS > 1 ? rank * sums_of_part(args) : 0);
+            else if (at.t < kSumLanes)
+                store_remote_16(letter(i, rank) + part * kPartBytes, i % SPLIT, total);
+        }
+    }
+    // Sums of CTAs.
+    __device__ __forceinline__ void open_mail(int warp) const {
+        const i32 parts = count > rank ? ((count - 1 - rank) / SPLIT + 1) * kPartsOfTile : 0;
+        const auto tile = [&](i32 number) { return number / kPartsOfTile * SPLIT + rank; };
+        Factors factors;
+        if (warp < parts) factors.load(args, at, first + tile(warp), warp % kPartsOfTile);
+        delay();
+        cluster_arrive();
+        cluster_wait();
+        delay();
+#pragma unroll 1
+        for (i32 number = warp; number < parts; number += WARPS) {
+            const i32 i = tile(number), part = number % kPartsOfTile;
+            if (number != warp) factors.load(args, at, first + i, part);
+            float total[4] = {};
+            add_up(total, letter(i, 0) + part * kPartBytes, SPLIT, kTileBytes);
+            factors.store(args, at, first + i, part, total);
+        }
+    }
+};
 
 // Kernel --------------------------------------------------------------------------------------------------------------------------
 
@@ -180,18 +256,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
     const int warp = threadIdx.x / 32, rank = SPLIT > 1 ? cluster_rank() : blockIdx.x % PARTS;
     const i32 number = blockIdx.x / kCuts;
     const bool one = gridDim.x == args.clusters * kCuts && args.grouped == 0;  // matrix and piece: no divisions then
-    const i32 cluster = one ? number : number % args.clusters;
+    const i32 pieces = one ? 1 : gridDim.x / kCuts / args.clusters, cluster = one ? number : number / pieces;
     const i32 all = ceil_div(args.k, kStepValues), each = ceil_div(all, kCuts);  // steps of a row; of a CTA
     Place at;
-    at.lane = threadIdx.x % 32, at.g = at.lane / 4, at.t = at.lane % 4, at.warp_k = warp % WARPS_K, at.group = warp / WARPS_K;
-    at.first_step = rank * each, at.steps = larger(smaller(each, all - at.first_step), 0), at.rounds = ceil_div(each, WARPS_K);
-    at.work = one ? Work{0, args.m, 0, 0, 0, 0, 0, true} : rows_of(args, number / args.clusters);
-    at.tile = cluster * kGroups + at.group, at.tiles = at.work.any ? ceil_div(args.n, kRows) : 0, at.stride = args.clusters * kGroups;
+    at.lane = threadIdx.x % 32, at.g = at.lane / 4, at.t = at.lane % 4;
+    at.first_step = rank * each, at.steps = larger(smaller(each, all - at.first_step), 0);
+    at.work = one ? Work{0, args.m, 0, 0, 0, 0, 0, true} : rows_of(args, number % pieces);
+    const i32 tiles = ceil_div(args.n, kRows), tiles_each = ceil_div(tiles, args.clusters), first = cluster * tiles_each;
+    const i32 count = at.work.any ? larger(0, smaller(tiles_each, tiles - first)) : 0;
+    const i32 steps = larger(at.steps, 1), total = count * at.steps, run = ceil_div(total, kGroups);
+    const int group = kGroups > 1 ? warp / WARPS_K : 0, warp_k = warp % WARPS_K;
+    const i32 begin = group * run, length = larger(0, smaller(run, total - begin)), before = kGroups > 1 ? begin / steps : 0;
+    const i32 end = kGroups == 1 ? count : length > 0 ? (begin + length - 1) / steps + 1 : before;  // of this group's tiles
+    Walk walk = {first + before, begin - before * steps + warp_k, (length - warp_k + WARPS_K - 1) / WARPS_K, steps, 1};
+    i32 i = before, step = walk.step, left = walk.left;
+    for (; walk.step >= steps; walk.step -= steps) ++walk.tile;
 
-    // Shared memory: A, sums of warps [2][WARPS], sums of CTAs [2][SPLIT][groups], the rings.
-    const u32 activations = shared_address(shared_bytes), sums = activations + each * kStepBytes,
-              mail = sums + (WARPS_K > 1 ? 2 * WARPS * kSumBytes : 0), rings = mail + (SPLIT > 1 ? 2 * SPLIT * kGroups * kSumBytes : 0);
-    Fetch fetch(args, at, rings + warp * STAGES * kStageBytes);
+    // Shared memory: A, sums of warps, sums of CTAs, the rings.
+    const i32 most = ceil_div(tiles_each, kGroups) + (kGroups > 1);
+    const u32 activations = shared_address(shared_bytes), sums = activations + each * kStepBytes, mail = sums + WARPS * most * kTileBytes,
+              rings = mail + (SPLIT > 1 ? ceil_div(tiles_each, SPLIT) * SPLIT * kTileBytes : 0);
+    Fetch fetch(args, at, walk, rings + warp * STAGES * kStageBytes);
 #if SPLIT > 1
     delay();
     cluster_arrive();  // nobody writes to a CTA that has not begun
@@ -217,53 +302,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
     x.finish();
     delay();
     __syncthreads();
+#if SPLIT > 1
+    cluster_wait();
+#endif
 
+    const Runs runs = {args, at, first, count, run, most, sums, mail, rank};
+    const Reads reads(at);
     u32 stage = fetch.ring;
-    i32 turn = 0;
 #pragma unroll 1
-    for (i32 tile = at.tile; tile - at.group < at.tiles; tile += at.stride, ++turn) {  // equally often for all groups of a cluster
-        const bool any = tile < at.tiles;
-        Factors factors;
-        if (SPLIT == 1 && any && at.warp_k < ROW_BLOCKS * kTokenBlocks) factors.load(args, at, tile, at.warp_k);
+    for (; i < end; ++i) {
+        const i32 here = larger(0, smaller(left, ceil_div(at.steps - step, WARPS_K)));  // none, if others have all that is left of it
         Sums sum = {};
-        if (any) multiply_tile(sum, at, fetch, tile, stage, activations);
-#if SPLIT > 1
-        if (turn % SPLIT == 0) finish_turns(args, at, mail, turn / SPLIT - 1, rank);
-#endif
-        const u32 place = sums + (turn % 2 * WARPS + at.group * WARPS_K) * kSumBytes + at.lane * 16;
-        if (WARPS_K > 1 && any) {
-#pragma unroll
-            for (int part = 0; part < ROW_BLOCKS * kTokenBlocks; ++part) {
-                const float (&s)[4] = sum[part / kTokenBlocks][part % kTokenBlocks];
-                store_shared_16(place + at.warp_k * kSumBytes + part * 512, __float_as_uint(s[0]), __float_as_uint(s[1]),
-                                __float_as_uint(s[2]), __float_as_uint(s[3]));
-            }
-            delay();
-            barrier_sync(1 + at.group, 32 * WARPS_K);
-            delay();
-        }
-#pragma unroll
-        for (int part = 0; part < ROW_BLOCKS * kTokenBlocks; ++part) {
-            if (!any || part % WARPS_K != at.warp_k) continue;
-            float total[4] = {};
-            if constexpr (WARPS_K > 1)
-                add_up(total, place + part * 512, WARPS_K, kSumBytes);
-            else
-                for (int v = 0; v < 4; ++v) total[v] = sum[part / kTokenBlocks][part % kTokenBlocks][v];
-#if SPLIT > 1
-            delay();
-            store_remote_16(letters(mail, at, turn / SPLIT, rank) + part * 512, turn % SPLIT, total);
-#else
-            if (part >= WARPS_K) factors.load(args, at, tile, part);
-            factors.store(args, at, tile, part, total, PARTS > 1 ? rank * sums_of_part(args) : 0);
-#endif
-        }
-#if SPLIT > 1
-        if (turn % SPLIT == SPLIT - 1 || tile - at.group + at.stride >= at.tiles) cluster_arrive();
-#endif
+        multiply_tile(sum, at, fetch, reads, first + i, step, here, stage, activations);
+        delay();
+        runs.leave(sum, i, warp);
+        left -= here, step += here * WARPS_K - at.steps;
     }
-#if SPLIT > 1
-    finish_turns(args, at, mail, (turn - 1 + SPLIT) / SPLIT - 1, rank);
-#endif
     copy_async_wait<0>();
+    runs.meet(warp);
+#if SPLIT > 1
+    runs.open_mail(warp);
+#endif
 }

@@ -10,7 +10,8 @@
 //   launch   may begin before its predecessor has ended: weights are prefetched or loaded then, everything else waits
 //
 // Not handled: what rows.cuh and weights.cuh do not. Learned from: swap-AB kernels as FlashInfer's TGV and DeepGEMM's (roles, producers).
-#define ROW_BLOCKS 1
+#define ROW_BLOCKS  1
+#define STEPS_APART WARPS_K
 #include "common/rows.cuh"
 
 constexpr int kConsumers = 4 * WARPGROUPS, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
@@ -20,6 +21,13 @@ constexpr int kStepBytes = kStepValues / 8 * kCoreBytes;  // of A
 constexpr int kSources = SPLIT * WARPS_K;                 // of the sums of each part: 16 columns and 8 rows of D
 constexpr int kMail = (4 * kGroups * kTokenBlocks + SPLIT - 1) / SPLIT * kSources * 512;
 static_assert(TOKENS % 8 == 0 && WARPGROUPS % WARPS_K == 0);
+
+// Where a warp is in its CTA, and what it does there.
+struct Seat : Place {
+    int warp_k, group;
+    i32 rounds;               // steps of a tile for a warpgroup, some of which may not exist
+    i32 tile, tiles, stride;  // the first one, all of them, and from one of its tiles to the next
+};
 
 // Where things are in shared memory, and the steps of A in it.
 struct Shared {
@@ -62,7 +70,7 @@ struct Producer {
     int unit, token;         // of the first task; token counts from `first`
     u32 task, swapped;       // its place, and how far from its own places its first two pieces lie
 
-    __device__ __forceinline__ Producer(const Args& args, const Place& at, int warp)
+    __device__ __forceinline__ Producer(const Args& args, const Seat& at, int warp)
         : args(args),
           lane(at.lane),
           first(warp % kTeam * kWarpTokens),
@@ -82,7 +90,7 @@ struct Producer {
         task = unit * 4 * kCoreBytes + (first + token) * 16;
         swapped = kUnits == 4 && unit & 2 ? 2 * kCoreBytes : 0;
     }
-    __device__ __forceinline__ const u8* row_of(const Place& at, int number) const {
+    __device__ __forceinline__ const u8* row_of(const Seat& at, int number) const {
         const i32 source = number < tokens_of(at.work) ? source_row(args, result_row(args, at.work, number)) : -1;
         const i64 begin = at.work.batch * args.a_batch + source * args.a_row;
         return source < 0 ? nullptr : reinterpret_cast<const u8*>(args.a) + begin * kRowValueBytes;
@@ -114,7 +122,7 @@ struct Producer {
         }
     }
     // The last step, or values that cannot be read in pieces: one by one, zeros behind k.
-    __device__ __forceinline__ void move(const Place& at, i32 k, u32 to) const {
+    __device__ __forceinline__ void move(const Seat& at, i32 k, u32 to) const {
         if (idle()) return;
 #pragma unroll 1
         for (int e = 0; e < kEach; ++e) {
@@ -131,7 +139,7 @@ struct Producer {
     }
 };
 
-__device__ __forceinline__ void produce(const Args& args, const Place& at, const Shared& shared, int warp, i32 turns) {
+__device__ __forceinline__ void produce(const Args& args, const Seat& at, const Shared& shared, int warp, i32 turns) {
     if (warp >= Producer::kTeams * Producer::kTeam) return;
     const Producer producer(args, at, warp);
     const u32 total = turns * at.steps;
@@ -213,8 +221,8 @@ __device__ __forceinline__ void multiply(Sums& sum, const Fragments& f, u32 x) {
 }
 
 // Sums of one tile over this warpgroup's steps. `number`: of the tile's first step.
-__device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch& fetch, const Shared& shared, i32 tile, u32& stage,
-                                              u32 number) {
+__device__ __forceinline__ void multiply_tile(Sums& sum, const Seat& at, Fetch& fetch, const Reads& reads, const Shared& shared, i32 tile,
+                                              u32& stage, u32 number) {
     u32 nan[2] = {};
     BlockScales block(fetch.args, at, tile);
     Fragments f[2];
@@ -225,11 +233,7 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
         Chunk raw[2][2];
         u32 scale[2][2][2] = {};
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) raw[c][i] = load_shared_16(stage + (i * 8 + at.g) * 128 + at.t * 16 + (c ^ at.g % 2) * 64);
-            load_scales(scale[c], at, stage, c);
-        }
+        for (int c = 0; c < 2; ++c) reads.load(raw[c], scale[c], stage, c);
         stage = stage == fetch.ring + (STAGES - 1) * kStageBytes ? fetch.ring : stage + kStageBytes;
         fetch.next();
         if constexpr (kLookForNan) {
@@ -282,7 +286,7 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
 // Part q of the CTA's tile is stored by CTA q % SPLIT, whose warps take its parts in turn; or by the warp that summed it, if nobody else did.
 struct Mail {
     const Shared& shared;
-    const Place& at;
+    const Seat& at;
     int warp, rank;
 
     __device__ __forceinline__ u32 letter(int q, int source) const {
@@ -359,8 +363,10 @@ struct Mail {
 
 // Kernel --------------------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void consume(const Args& args, const Place& at, const Shared& shared, int warp, int rank, i32 turns) {
-    Fetch fetch(args, at, shared.rings + warp * STAGES * kStageBytes);
+__device__ __forceinline__ void consume(const Args& args, const Seat& at, const Shared& shared, int warp, int rank, i32 turns) {
+    const i32 end = at.rounds * WARPS_K, turns_of_group = larger(0, ceil_div(at.tiles - at.tile, at.stride));
+    const Walk walk = {at.tile, at.warp_k, turns_of_group * at.rounds, end, at.stride};
+    Fetch fetch(args, at, walk, shared.rings + warp * STAGES * kStageBytes);
     const bool later = args.early == 1 || args.grouped != 0;
     if (args.early == 1) fetch.prefetch();
     if (later) wait_for_predecessor();
@@ -371,12 +377,13 @@ __device__ __forceinline__ void consume(const Args& args, const Place& at, const
 #if SPLIT > 1
     cluster_wait();
 #endif
+    const Reads reads(at);
     u32 stage = fetch.ring;
     i32 tile = at.tile;
 #pragma unroll 1
     for (i32 turn = 0; turn < turns; ++turn, tile += at.stride) {
         Sums sum = {};
-        multiply_tile(sum, at, fetch, shared, tile, stage, turn * at.steps);
+        multiply_tile(sum, at, fetch, reads, shared, tile, stage, turn * at.steps);
         const Mail mail{shared, at, warp, rank};
         delay();
         mail.send(sum, turn);
@@ -398,7 +405,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const i32 cluster = one ? number : number % args.clusters;
     const i32 all = ceil_div(args.k, kStepValues), each = ceil_div(all, SPLIT);  // steps of a row; of a CTA
     constexpr i32 kTiles = 4 * kGroups;                                          // of a CTA at once
-    Place at;
+    Seat at;
     at.lane = threadIdx.x % 32, at.g = at.lane / 4, at.t = at.lane % 4;
     at.warp_k = group % WARPS_K, at.group = group / WARPS_K * 4 + warp % 4;
     at.first_step = rank * each, at.steps = larger(smaller(each, all - at.first_step), 0), at.rounds = ceil_div(each, WARPS_K);

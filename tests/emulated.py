@@ -57,9 +57,10 @@ def _library(source: str, defines: tuple[tuple[str, int], ...], capability: int)
 
 
 def _launch(
-    step: Step, pointers: list[int], values: list[float], target: str, seed: int, eager: bool, late: tuple[tuple[int, int], ...] = ()
+    step: Step, pointers: list[int], values: list[float], target: str, seed: int, eager: bool,
+    late: tuple[tuple[int, int], ...] = (), memory: tuple[tuple[int, int], ...] = (),
 ) -> None:  # fmt: skip
-    """late: (pointer, bytes) of memory that the kernel ahead writes."""
+    """late: (pointer, bytes) of memory that the kernel ahead writes; memory: of all that the kernel may read."""
 
     def pointer(position: int) -> int:
         return 0 if position < 0 else pointers[position]
@@ -76,6 +77,8 @@ def _launch(
     for at, written, size in kept:
         ctypes.memset(at, 0xFF, size)
         library.write_late(ctypes.c_void_p(at), written, ctypes.c_ulonglong(size))
+    for at, size in memory:
+        library.allow(ctypes.c_ulonglong(at), ctypes.c_ulonglong(size))
     code = library.launch(packed, len(packed), step.grid, step.threads, step.smem, seed, int(eager))
     said = library.failure().decode()
     assert code == 0, {1: "threads wait for each other for ever", 2: "the host packs another argument struct"}.get(code, said)
@@ -124,11 +127,13 @@ def emulated(target: str = "sm_90a", tile: int | None = None, seed: int = 1, eag
         arrays = [view for position, view in enumerate(views) if isinstance(view, View) and position not in early]
         late = tuple((view.ptr, view.span()) for view in (*arrays, *outputs))
         late += tuple((x.ctypes.data, x.nbytes) for x in scratch)
+        memory = tuple((view.ptr, view.span()) for view in (*views, *outputs) if isinstance(view, View))
+        memory += tuple((x.ctypes.data, x.nbytes) for x in scratch)
         for step in steps:
             if isinstance(step, Zero):
                 _clear(step, table)
             elif step.grid:
-                _launch(step, table, values, target, seed, eager, late if step.pdl else ())
+                _launch(step, table, values, target, seed, eager, late if step.pdl else (), memory)
                 ran.append(step.source)
 
     launch._host_call, host.run = call_of, run_steps  # type: ignore[assignment]

@@ -81,5 +81,11 @@ def test_one_order_of_sums_for_every_m(target: str, name: str, n: int, k: int) -
         for m in BUCKETS:
             problem = recorded.call.problem._replace(m=m, arch=target)
             for ranked in select.choose(problem, arch.H100).ranking:
-                orders.add((ranked.kernel.name, ranked.config.warps_k, ranked.config.split, getattr(ranked.config, "parts", 1)))
+                c = ranked.config
+                cuts = (
+                    (c.warps, c.warps_k, c.row_blocks, c.split, c.clusters, c.parts)
+                    if ranked.kernel is skinny.KERNEL
+                    else (c.warps_k, c.split)
+                )
+                orders.add((ranked.kernel.name, *cuts))
     assert len(orders) == 1, orders

@@ -50,11 +50,11 @@ SKINNY = Kernel(
     "skinny",
     skinny.Skinny,
     tuple(
-        Config(tokens, warps, warps_k, row_blocks, stages, split, 1, 2, PDL[i % 3])
-        for i, (tokens, warps, warps_k, row_blocks, stages, split) in enumerate(
+        Config(tokens, warps, warps_k, row_blocks, stages, split, 1, clusters, PDL[i % 3])
+        for i, (tokens, warps, warps_k, row_blocks, stages, split, clusters) in enumerate(
             (
-                (1, 4, 1, 1, 2, 1), (2, 4, 4, 1, 3, 1), (4, 8, 2, 2, 3, 1), (8, 4, 2, 1, 4, 1), (16, 4, 2, 2, 2, 1),
-                (8, 4, 2, 1, 3, 2), (16, 4, 4, 1, 3, 4), (4, 4, 1, 2, 2, 8), (8, 8, 8, 1, 3, 2), (8, 4, 1, 1, 4, 4),
+                (1, 4, 1, 1, 2, 1, 2), (2, 4, 4, 1, 3, 1, 1), (4, 8, 2, 2, 3, 1, 2), (8, 4, 2, 1, 4, 1, 1), (16, 4, 2, 2, 2, 1, 3),
+                (8, 4, 2, 1, 3, 2, 2), (16, 4, 4, 1, 3, 4, 1), (4, 4, 1, 2, 2, 8, 2), (8, 8, 8, 1, 3, 2, 5), (8, 4, 1, 1, 4, 4, 1),
             )
         )
     ),
@@ -214,13 +214,13 @@ def test_parts_of_k(number: int, use: Use, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_parts_give_the_bits_of_clusters(use: Use) -> None:
-    """Rows and their cut decide bits, nothing else;"""
+    """The cuts decide bits, nothing else."""
     rng = np.random.default_rng(8)
     a, b = formats.random_operand(rng, "bf16", (40, 1184)), formats.random_operand(rng, "nvfp4", (50, 1184))
     w = operand(b)
     for split in (2, 8):
         results = []
-        for target, config in (("sm_90a", Config(8, 4, 2, 1, 3, split, 1, 2)), ("sm_86", Config(4, 4, 2, 2, 2, 1, 1, 1, "", split))):
+        for target, config in (("sm_90a", Config(8, 4, 2, 1, 3, split, 1, 2)), ("sm_86", Config(4, 4, 2, 1, 2, 1, 1, 2, "", split))):
             use(config)
             out = oracles.poison((40, 50), "float32")
             with emulate(target, seed=split) as ran:
@@ -390,11 +390,11 @@ def test_bits_of_a_row(pair: tuple[str, str], warps_k: int, split: int, kernel: 
     a, b = formats.random_operand(rng, pair[0], (33, k)), formats.random_operand(rng, pair[1], (n, k))
     w = operand(b)
 
-    def rows(first: int, count: int, tokens: int, row_blocks: int = 1, x_stages: int = 4, seed: int = 1) -> Array:
+    def rows(first: int, count: int, tokens: int, groups: int = 1, x_stages: int = 4, seed: int = 1) -> Array:
         if kernel is SKINNY:
-            use(Config(min(tokens, 32), 4, warps_k, row_blocks, 3, split, 1, 1 + tokens % 3))
+            use(Config(min(tokens, 32), 4, warps_k, 1, 1 + groups, split, 1, 1))
         else:
-            use(swap_ab.Config(max(tokens, 8), min(4, warps_k * row_blocks), warps_k, 3, x_stages, split, 1 + tokens % 3))
+            use(swap_ab.Config(max(tokens, 8), min(4, warps_k * groups), warps_k, 3, x_stages, split, 1 + tokens % 3))
         part = a._replace(data=a.data[first : first + count], scale=None if a.scale is None else a.scale[first : first + count])
         out = oracles.poison((count, n), "float32")
         with emulate(seed=seed, eager=seed % 2 == 0):

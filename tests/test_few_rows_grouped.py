@@ -1,4 +1,4 @@
-"""The kernel for few rows of each group, on the CPU: every entry, segments empty, long or wrong, rows gathered, repeated."""
+"""The kernels for few rows, on the CPU: products of groups, every entry, segments empty, long or wrong, rows gathered, repeated."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import oracles
 import pytest
 from emulated import emulated as emulate
 from grouped_cases import ENTRIES, MATMULS, Framework
+from test_few_rows import PDL, SKINNY, SWAP_AB, Kernel
 
 import cugemm
 from cugemm import NoKernelError, arch, launch, select
@@ -27,9 +28,24 @@ PAIRS = (
     ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp8_row"), ("fp8_row", "fp8_row"), ("fp8_group", "fp8_block"), ("bf16", "nvfp4"),
     ("fp16", "nvfp4_row"), ("bf16", "mxfp4"), ("fp8_row", "mxfp8"), ("bf16", "int4_g128"), ("bf16", "int8_row"),
 )  # fmt: skip
-CONFIGS = (
-    Config(1, 4, 1, 1, 2, 1, 1, 2), Config(2, 4, 2, 2, 3, 2, 1, 1), Config(4, 4, 4, 1, 3, 1, 1, 3), Config(8, 4, 2, 1, 3, 4, 1, 2),
-    Config(16, 4, 2, 2, 2, 1, 1, 1), Config(32, 4, 1, 1, 2, 2, 1, 2),
+KERNELS = (
+    SKINNY._replace(
+        configs=(
+            Config(1, 4, 1, 1, 2, 1, 1, 2), Config(2, 4, 2, 2, 3, 2, 1, 1), Config(4, 4, 4, 1, 3, 1, 1, 3), Config(8, 4, 2, 1, 3, 4, 1, 2),
+            Config(16, 4, 2, 2, 2, 1, 1, 1), Config(32, 4, 1, 1, 2, 2, 1, 2),
+        )
+    ),
+    SWAP_AB._replace(
+        configs=tuple(
+            swap_ab.Config(*shape, 1 + i % 2, PDL[i % 3])
+            for i, shape in enumerate(
+                (
+                    (8, 1, 1, 3, 2, 1), (16, 2, 1, 4, 4, 2), (32, 2, 2, 3, 4, 1), (8, 4, 2, 3, 8, 2), (16, 4, 4, 2, 4, 1),
+                    (64, 1, 1, 3, 3, 1),
+                )
+            )
+        )
+    ),
 )  # fmt: skip
 PARTS = (Config(2, 4, 2, 1, 3, 1, 1, 1, "", 4), Config(16, 4, 1, 2, 2, 1, 1, 2, "", 2))
 FEW_ROW_ENTRIES = [name for name in ENTRIES if ("fp8" in name and "mx" not in name) or "deepgemm" in name or name == "mm bf16"]
@@ -39,16 +55,25 @@ FEW_ROW_ENTRIES = [name for name in ENTRIES if ("fp8" in name and "mx" not in na
 Use = Callable[[Any], None]
 
 
+@pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.name)
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    found: Kernel = request.param
+    return found
+
+
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     """use(config): there is no other kernel and no other config; weights can be read in 16-byte pieces."""
     sizes = cases.sizes
 
     def alone(config: Any) -> None:
-        for other in (portable.Portable, swap_ab.SwapAB):
-            monkeypatch.setattr(other, "refuse", lambda self, problem: "not here")
+        here, other = (swap_ab, skinny.Skinny) if isinstance(config, swap_ab.Config) else (skinny, swap_ab.SwapAB)
+        for kind in (portable.Portable, other):
+            monkeypatch.setattr(kind, "refuse", lambda self, problem: "not here")
+        monkeypatch.setattr(here, "_MOST_ROWS", 1000)
         monkeypatch.setattr(skinny, "_MOST_OF_SEGMENT", 1000)
-        monkeypatch.setattr(skinny.Skinny, "candidates", lambda self, problem, device: (config,))
+        monkeypatch.setattr(swap_ab, "_LEAST_ROWS", 1)
+        monkeypatch.setattr(type(here.KERNEL), "candidates", lambda self, problem, device: (config,))
         monkeypatch.setattr(cases, "sizes", lambda *given, **how: (size := sizes(*given, **how))._replace(k=-(-size.k // 32) * 32))
 
     return alone
@@ -56,15 +81,15 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 @pytest.mark.parametrize("part", range(2))
-def test_grouped_matmul(part: int, pair: tuple[str, str], use: Use) -> None:
+def test_grouped_matmul(part: int, pair: tuple[str, str], kernel: Kernel, use: Use) -> None:
     """Every pair meets two configs, and every kind of segments three or four pairs."""
     number = PAIRS.index(pair)
-    use(CONFIGS[(number + 3 * part) % 6])
-    target = ("sm_90a", "sm_120a")[number % 2]
+    use(kernel.configs[(number + 3 * part) % 6])
+    target = ("sm_90a", "sm_120a")[number % 2] if kernel.name == "skinny" else "sm_90a"
     seed = (2 * number + part) % len(MATMULS)
     with emulate(target, seed=seed, eager=seed % 2 == 0) as ran:
         list(MATMULS.values())[seed](NUMPY, seed + 10 * number, *pair, ("int32", "int64")[seed % 2])
-    assert set(ran) <= {"segments", "skinny"}
+    assert set(ran) <= {"segments", kernel.name}
 
 
 @pytest.mark.parametrize("kind", MATMULS)
@@ -86,27 +111,27 @@ def test_parts_of_k_of_entries(name: str, use: Use) -> None:
 
 
 @pytest.mark.parametrize("name", FEW_ROW_ENTRIES)
-def test_entries(name: str, use: Use) -> None:
+def test_entries(name: str, kernel: Kernel, use: Use) -> None:
     for seed in range(2):
-        use(CONFIGS[(seed + len(name)) % len(CONFIGS)])
+        use(kernel.configs[(seed + len(name)) % len(kernel.configs)])
         with emulate(seed=seed) as ran:
             ENTRIES[name](NUMPY, seed, ("int32", "int64")[seed % 2])
         assert "portable" not in ran
 
 
 @pytest.mark.parametrize("index", ["int32", "int64"])
-def test_wrong_device_values_select_nothing(index: str, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_device_values_select_nothing(index: str, kernel: Kernel, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.values, "check", lambda *given: None)  # which would refuse them in host memory
     for seed in range(3):
-        use(CONFIGS[2 * seed + (index == "int64")])
+        use(kernel.configs[2 * seed + (index == "int64")])
         with emulate(seed=seed):
             cases.wild(NUMPY, seed, index)
 
 
-def test_expert_maps(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expert_maps(kernel: Kernel, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments in any order, some of them of the same expert, some of none; the result lies anywhere."""
     monkeypatch.setattr(launch.values, "check", lambda *given: None)
-    for seed, config in enumerate(CONFIGS):
+    for seed, config in enumerate(kernel.configs):
         use(config)
         rng = np.random.default_rng(seed)
         m, n, k, number, experts = int(rng.integers(1, 90)), int(rng.integers(1, 80)), 32 * int(rng.integers(1, 12)), 9, 4
@@ -122,7 +147,7 @@ def test_expert_maps(use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
                 cugemm.SegmentGEMMWrapper(None).run(
                     a.data, b.data, number, True, out=out, seg_indptr=groups.indptr.astype(index), weight_indices=chosen.astype(index)
                 )
-            assert ran[-1] == "skinny"
+            assert ran[-1] == kernel.name
             oracles.check_exact(formats.answer(a, b, expert=np.where((expert >= 0) & (expert < experts), expert, -1)), out, dtype)
 
 
@@ -151,8 +176,7 @@ def test_candidates_follow_the_rows_of_a_segment(target: str) -> None:
         assert configs and {c.tokens for c in configs} <= tokens, (m, segments, configs)
         assert min(tokens) in {c.tokens for c in configs}
         for c in configs:
-            groups = -(-asked.n // (16 * c.row_blocks * c.warps // c.warps_k))
-            assert 1 <= c.clusters <= groups
+            assert 1 <= c.clusters <= -(-asked.n // (16 * c.row_blocks))
             assert skinny.KERNEL.cost(asked, c, arch.H100) > 0
 
 
@@ -177,10 +201,3 @@ def test_refused_as_it_is_of_one_matrix() -> None:
         assert skinny.KERNEL.refuse(asked._replace(**wrong)), wrong
     with pytest.raises(NoKernelError, match="of a segment, on average"):
         select.choose(question(1024, 8)._replace(backend="skinny"), arch.H100)
-
-
-def test_swap_ab_leaves_segments_alone() -> None:
-    for m, segments in ((16, 8), (256, 8), (2048, 8)):
-        for backend in ("auto", "swap_ab"):
-            asked = question(m, segments, b="e2m1x2")._replace(backend=backend)
-            assert swap_ab.KERNEL.refuse(asked) == "leaves segments to skinny and portable"

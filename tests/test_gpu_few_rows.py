@@ -22,7 +22,7 @@ from test_gpu_products import codes
 import cugemm
 from cugemm import launch
 from cugemm.api.common import gemm_options, product
-from cugemm.catalog import skinny
+from cugemm.catalog import skinny, swap_ab
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
@@ -109,7 +109,7 @@ def parts(dev: Any, target: str) -> None:
         for tile in first.values():
             with planned(tile, target):
                 run()
-    groups(dev, target)
+    groups(dev, "skinny", target)
 
 
 @pytest.mark.parametrize("target", ["compute_80", "compute_89"])
@@ -122,20 +122,21 @@ def test_parts_of_k(dev: Any, target: str, monkeypatch: pytest.MonkeyPatch) -> N
 def take_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of any length."""
     monkeypatch.setattr(skinny, "_MOST_OF_SEGMENT", 1000)
+    monkeypatch.setattr(swap_ab, "_MOST_ROWS", 1000)
 
 
-def groups(dev: Any, target: str = "native") -> None:
+def groups(dev: Any, kernel: str, target: str = "native") -> None:
     """Segments, indices, rows gathered, masks, with indices out of range; pairs and configs in turn."""
     for i, kind in enumerate([*gpu_formats.GROUPS] * 3):
         a, b = PAIRS[(7 * i) % len(PAIRS)]
         with planned(3 * i if i % 3 else None, target):
-            gpu_formats.grouped(dev, i, kind, a, b, exact=True, index_dtype=("int32", "int64")[i % 2], backend="skinny")
+            gpu_formats.grouped(dev, i, kind, a, b, exact=True, index_dtype=("int32", "int64")[i % 2], backend=kernel)
 
 
-def test_groups(dev: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups(dev: Any, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     take_all(monkeypatch)
-    warmed(lambda: groups(dev))
-    groups(dev)
+    warmed(lambda: groups(dev, kernel))
+    groups(dev, kernel)
 
 
 def matrices(dev: Any, kernel: str) -> None:

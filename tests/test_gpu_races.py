@@ -35,7 +35,7 @@ NAMES = [kernel.name for kernel in KERNELS if kernel.name in SIZES]
 WEIGHTS = ("bf16", "fp8_row", "nvfp4", "mxfp4", "int4_g128")
 SEEDS = (1, 2, 3)
 BROKEN = {
-    "skinny": "barrier_sync(1 + at.group, 32 * WARPS_K);",
+    "skinny": "__syncthreads();  // all have left their sums",
     "swap_ab": "if (c == 0) mbarrier_wait(shared.full(slot), shared.parity(number + step));",
     "portable": "__syncthreads();  // tile t is complete, and everybody is done with the stage of tile t - 1",
 }

@@ -10,7 +10,7 @@ from cugemm import arch
 from cugemm.arch import Device
 from cugemm.catalog import few_rows, gemm
 from cugemm.catalog.step import NULL, REACHED, Step, Zero
-from cugemm.formats import BF16, E2M1X2, E4M3, E5M2, E8M0, FP16, INT4X2, INT8
+from cugemm.formats import BF16, E2M1X2, E4M3, E5M2, E8M0, ELEMENTS, FP16, INT4X2, INT8
 from cugemm.problem import FLOATS8, OUT, GemmCall, Problem
 from cugemm.scales import ceil_div
 
@@ -19,8 +19,9 @@ _FEW = 16
 
 
 class Config(NamedTuple):
-    """Warps of a CTA, those of them that share a tile, its rows in 16s, the ring, the CTAs of a cluster, which cut k, and how many clusters
-    each matrix gets; `ctas`: that share an SM; `parts`: CTAs that cut k where there are no clusters."""
+    """Rows of A held, warps of a CTA, those of them that share a run of steps, weight rows of a tile in 16s, the ring, the CTAs of a
+    cluster, which cut k, and how many clusters each matrix gets; `ctas`: that share an SM; `parts`: CTAs that cut k where there are no
+    clusters."""
 
     tokens: int
     warps: int
@@ -49,48 +50,53 @@ class Config(NamedTuple):
         )
 
 
-# What follows is fitted to 348 recorded times of 1, 8 and 16 rows (docs/benchmarks/skinny_configs.json); the choice it leads to is within
-# 5 % of the best on 96 % of the 54 problems. Launches that overlap take the same, so that they give the same bits.
-_SHAPES = (
-    (16, 16, 1, 4, 1, 1), (16, 8, 1, 4, 1, 1), (16, 4, 1, 4, 1, 1), (8, 8, 1, 4, 1, 2), (8, 4, 1, 4, 1, 1), (8, 4, 1, 4, 1, 2),
-    (8, 8, 2, 3, 1, 1), (8, 4, 1, 4, 2, 1), (8, 4, 1, 4, 2, 2), (8, 2, 2, 3, 4, 1), (8, 2, 1, 4, 4, 1), (8, 4, 1, 4, 8, 1),
-    (8, 2, 1, 4, 8, 1),
-)  # fmt: skip
-"""`Config` from `warps` to `ctas`. Few rows need no cluster; more, and longer ones, leave room for rings only where CTAs share k."""
-_WIDE = (
-    (16, 8, 1, 4, 1, 1), (8, 8, 1, 4, 1, 1), (8, 4, 1, 4, 4, 1), (8, 2, 1, 4, 4, 1), (8, 4, 1, 4, 8, 1), (8, 2, 1, 4, 8, 1),
-)  # fmt: skip
+# What follows is fitted to recorded times of 1, 8 and 16 rows (docs/benchmarks/skinny_configs.json). Launches that overlap take the same,
+# so that they give the same bits.
+_SHARED = ((8, 1, 1, 4, 1, 1), (8, 1, 1, 4, 2, 1), (8, 1, 1, 4, 4, 1), (8, 1, 1, 4, 8, 1), (8, 8, 2, 3, 1, 1))
+_SHAPES = {
+    16: ((8, 8, 1, 4, 1, 1), (8, 8, 1, 4, 1, 2), (16, 16, 1, 4, 1, 1), (8, 8, 1, 4, 8, 1), *_SHARED),
+    8: ((8, 8, 1, 4, 1, 1), (8, 8, 1, 4, 1, 2), (16, 16, 1, 4, 1, 1), (8, 8, 1, 4, 8, 1), *_SHARED),
+    4: ((8, 8, 1, 6, 1, 1), (8, 4, 2, 3, 1, 1), (16, 1, 1, 4, 1, 1), (16, 1, 1, 3, 4, 1), *_SHARED),
+}
+"""`Config` from `warps` to `ctas`, by bits of a weight. Few rows need no cluster; more, and longer ones, leave room for rings only where
+CTAs share k."""
+_WIDE = ((16, 1, 1, 4, 1, 1), (8, 1, 1, 4, 1, 1), (8, 1, 1, 4, 4, 1), (8, 1, 1, 4, 8, 1))
 """Those for more than 16 rows, held all together or 16 at a time."""
 
 # What a step of a warp costs its SM, in ns on an H100 at 1.98 GHz: always, to decode 16 columns, for their products with 8 rows and 64 k.
-_STEP_NS = 13.8
+_STEP_NS = 3.0
 _DECODE_NS = {
     (BF16.name, ""): 0.0,
     (FP16.name, ""): 0.0,
-    (E4M3.name, ""): 10.8,
-    (E5M2.name, ""): 10.8,
-    (INT8.name, ""): 10.8,
-    (E4M3.name, E8M0.name): 22.0,
-    (E5M2.name, E8M0.name): 22.0,
-    (E2M1X2.name, ""): 56.0,
-    (E2M1X2.name, E4M3.name): 56.0,
-    (E2M1X2.name, E8M0.name): 67.0,
-    (INT4X2.name, ""): 44.0,
+    (E4M3.name, ""): 5.2,
+    (E5M2.name, ""): 5.2,
+    (INT8.name, ""): 5.2,
+    (E4M3.name, E8M0.name): 11.0,
+    (E5M2.name, E8M0.name): 11.0,
+    (E2M1X2.name, ""): 16.1,
+    (E2M1X2.name, E4M3.name): 16.1,
+    (E2M1X2.name, E8M0.name): 29.3,
+    (INT4X2.name, ""): 30.6,
 }
 """By element and scales of the weights. Measured: 16 bits, e4m3 to bf16, nvfp4, mxfp4, int4 (with blocks); the others are like them."""
-_CONVERT_NS = 6.4
-"""In place of 10.8 where the hardware converts 8-bit floats to fp16."""
-_BLOCK_NS, _BLOCK_SUMS_NS = 22.0, 13.0
+_CONVERT_NS = 3.0
+"""In place of 5.2 where the hardware converts 8-bit floats to fp16."""
+_BLOCK_NS, _BLOCK_SUMS_NS = 13.4, 5.4
 """More where floats scale sums of 128: always, and by the square of 8s of rows."""
-_MULTIPLY_NS = 2.0
-_LATENCY = 2.5
+_MULTIPLY_NS = 3.1
+_APART = 0.07
+"""How much longer memory takes for lines that are read one by one, in place of `warps_k` neighbours at a time."""
+_LATENCY = 8.6
 """How much longer a warp takes for a step, which it does not share with others."""
-_TILE_NS = 343.0
-_SUM_NS = 58.0
-"""For each tile, and for each part of it (16 columns, 8 rows) that another warp left."""
-_STAGE_BYTES = 27.0
+_TILE_NS = 14.5
+"""For all that a warp does between tiles, as a step."""
+_END_NS, _SUM_NS = 2000.0, 2.0
+"""Behind the last step; for each part of a tile (16 columns, 8 rows) that a warp adds up, and each warp that had some of it."""
+_STAGE_BYTES = 50.0
 """Bytes of A that reach the shared memory of an SM in a ns."""
-_LAUNCH_US, _CLUSTER_US = 2.4, 2.0
+_LAUNCH_US, _CLUSTER_US = 2.3, 1.5
+_WARP_NS = 75.0
+"""For all that a warp of an SM does before its first step."""
 _CALIBRATED_KHZ = 1_980_000
 
 
@@ -118,33 +124,34 @@ class Skinny:
         whole = 1 << (few_rows.rows(problem) - 1).bit_length()
         few = whole <= _FEW
         clusters = "cluster" in target.features
-        shapes = [s for s in (_SHAPES if few else _WIDE) if s[4] == 1 or clusters or problem.scratch]
+        shapes = [s for s in (_SHAPES[ELEMENTS[problem.b].bits] if few else _WIDE) if s[4] == 1 or clusters or problem.scratch]
         held = {whole} if few else {_FEW, 32, whole}
         if problem.grouped:  # some segments are longer than others
             held = {min(whole, _FEW), 2 * min(whole, _FEW)}
         wanted = [_config(tokens, s, clusters)._replace(pdl=problem.pdl) for tokens, s in itertools.product(sorted(held), shapes)]
-        for stages in (4, 3, 2):  # rings are shorter only where none fits as it should be
+        for most, stages in itertools.product((False, True), (6, 3, 2)):  # shorter rings, and waves of clusters, where nothing else fits
             configs = [c._replace(stages=min(c.stages, stages)) for c in wanted]
-            fitting = [c for c in configs if _fits(problem, c, target)]
+            placed = (c._replace(clusters=_clusters(problem, c, device, target if most else None)) for c in configs)
+            fitting = tuple(c for c in placed if _fits(problem, c, target))
             if fitting:
-                return tuple(c._replace(clusters=_clusters(problem, c, device)) for c in fitting)
+                return fitting
         return ()
 
     def invariant(self, problem: Problem, target: arch.Arch, device: Device) -> tuple[Config, ...]:
-        """Those that add up in the order that is best for 16 rows, whatever m is; no parts of k, whose memory would grow with m."""
+        """Those that add up in the order that is best for 16 rows, whatever m is; no parts of k, whose memory would grow with m. The order
+        depends on how many tiles a cluster has: further rows of A get clusters of their own, which wait if they must."""
         usual = problem._replace(m=_FEW, batch=1, grouped=False, batch_invariant=False, pdl="", scratch=False)
         best = min(self.candidates(usual, device), key=lambda c: self.cost(usual, c, device), default=None)
         if best is None:
             return ()
         whole = 1 << (few_rows.rows(problem) - 1).bit_length()
         wanted = (best._replace(tokens=tokens, pdl=problem.pdl) for tokens in sorted({min(whole, _FEW), min(whole, _MOST_ROWS)}))
-        return tuple(c._replace(clusters=_clusters(problem, c, device)) for c in wanted if _fits(problem, c, target))
+        return tuple(c for c in wanted if _fits(problem, c, target))
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
         """What the busiest SM does, what its warps wait for, and what memory brings, which overlap in part; and what comes before them."""
-        tiles, steps = ceil_div(problem.n, 16 * config.row_blocks), _steps(problem, config)
-        turns = ceil_div(tiles, config.clusters * (config.warps // config.warps_k))
-        rounds = ceil_div(steps, config.warps_k)
+        tiles, steps = ceil_div(_tiles(problem, config), config.clusters), _steps(problem, config)
+        run = ceil_div(tiles * steps, config.warps)
         clusters = config.clusters * few_rows.pieces(problem, config.tokens)
         resident = _resident(config, device)
         waves = ceil_div(clusters, resident)
@@ -153,14 +160,16 @@ class Skinny:
         blocks = ceil_div(config.tokens, 8)
         products = few_rows.chunk(problem) // 8 * blocks
         step = _STEP_NS + config.row_blocks * (_decode(problem, blocks) + _MULTIPLY_NS * products)
-        work = turns * rounds * config.warps * ctas * step
-        sums = _SUM_NS * config.warps_k * config.row_blocks * blocks
-        latency = turns * (rounds * _LATENCY * step + _TILE_NS + sums)
+        groups = config.warps // config.warps_k
+        part = ceil_div(tiles, groups) + (groups > 1)  # tiles that a warp has a part of
+        busy = run * step + part * _TILE_NS * config.row_blocks * blocks
+        sums = ceil_div(tiles * config.row_blocks * blocks, config.warps) * config.warps_k * _SUM_NS
+        work, latency = busy * config.warps * ctas, busy * _LATENCY + _END_NS + sums
         rows = _rows_bytes(problem, config)
         clock = _CALIBRATED_KHZ / device.clock_khz
-        before = waves * rows / _STAGE_BYTES * 1e-3 * clock
+        before = waves * (rows / _STAGE_BYTES + ctas * config.warps * _WARP_NS) * 1e-3 * clock
 
-        memory = few_rows.memory_bytes(problem, config.tokens)
+        memory = few_rows.memory_bytes(problem, config.tokens) * (1 + _APART / config.warps_k)
         launch = _LAUNCH_US + _CLUSTER_US * (config.split > 1)
         if config.parts > 1:  # another launch, which reads what this one writes
             rows = problem.m * (1 if problem.grouped else problem.batch)
@@ -196,9 +205,17 @@ def _config(tokens: int, shape: tuple[int, int, int, int, int, int], clusters: b
     return config if clusters else config._replace(split=1, parts=config.split)
 
 
-def _clusters(problem: Problem, config: Config, device: Device) -> int:
-    tiles = ceil_div(ceil_div(problem.n, 16 * config.row_blocks), config.warps // config.warps_k)
-    return few_rows.clusters(problem, config.tokens, tiles, _resident(config, device))
+def _tiles(problem: Problem, config: Config) -> int:
+    return ceil_div(problem.n, 16 * config.row_blocks)
+
+
+def _clusters(problem: Problem, config: Config, device: Device, target: arch.Arch | None = None) -> int:
+    """As many as the GPU holds, but no more than have as many tiles as all others, or one fewer; with a target, so many that sums fit."""
+    tiles = _tiles(problem, config)
+    each = ceil_div(tiles, few_rows.clusters(problem, config.tokens, tiles, _resident(config, device)))
+    while target and each > 1 and not _fits(problem, config, target, each):
+        each = each * 3 // 4
+    return ceil_div(tiles, each)
 
 
 def _resident(config: Config, device: Device) -> int:
@@ -223,20 +240,22 @@ def _decode(problem: Problem, blocks: int) -> float:
     return ns + (_BLOCK_NS + _BLOCK_SUMS_NS * blocks**2 if problem.scale_block else 0.0)
 
 
-def _smem(problem: Problem, config: Config) -> int:
-    blocks = ceil_div(config.tokens, 8)
-    sums = config.row_blocks * blocks * 512
-    mail = 2 * config.split * (config.warps // config.warps_k) * sums if config.split > 1 else 0
-    own = 2 * config.warps * sums if config.warps_k > 1 else 0
-    return _rows_bytes(problem, config) + own + mail + config.warps * config.stages * config.row_blocks * few_rows.stage_bytes(problem)
+def _smem(problem: Problem, config: Config, tiles: int = 0) -> int:
+    """A, sums of warps, sums of CTAs, rings; `tiles`: of a cluster, if not its own."""
+    sums = config.row_blocks * ceil_div(config.tokens, 8) * 128 * max(1, min(config.tokens, 8) // 2)
+    each, groups = tiles or ceil_div(_tiles(problem, config), config.clusters), config.warps // config.warps_k
+    meet = config.warps * (ceil_div(each, groups) + (groups > 1)) * sums
+    mail = ceil_div(each, config.split) * config.split * sums if config.split > 1 else 0
+    rings = config.warps * config.stages * config.row_blocks * few_rows.stage_bytes(problem)
+    return _rows_bytes(problem, config) + meet + mail + rings
 
 
-def _fits(problem: Problem, config: Config, target: arch.Arch) -> bool:
+def _fits(problem: Problem, config: Config, target: arch.Arch, tiles: int = 0) -> bool:
     """In registers (what the compiler says of sm_80 to sm_121), and in shared memory."""
     sums = config.row_blocks * ceil_div(config.tokens, 8) * (2 if problem.scale_block else 1)
     if sums > (8 if config.warps <= 8 else 2 if config.row_blocks == 2 or problem.scale_block else 4):
         return False
-    return _smem(problem, config) <= min(target.max_smem, target.smem_per_sm // config.ctas - 1024)
+    return _smem(problem, config, tiles) <= min(target.max_smem, target.smem_per_sm // config.ctas - 1024)
 
 
 def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:

@@ -1,4 +1,4 @@
-"""`kernels/swap_ab.cu`: few rows of a matrix, dense, batched or masked, with weights contiguous along k, by warpgroups; sm_90a."""
+"""`kernels/swap_ab.cu`: few rows of a matrix, or of each segment on average, with weights contiguous along k, by warpgroups; sm_90a."""
 
 from __future__ import annotations
 
@@ -81,22 +81,18 @@ class SwapAB:
             return "needs sm_90a"
         if problem.batch_invariant:
             return "adds up in another order for another m"
-        if problem.grouped:
-            # NOTE: segments are right in every test, but a graph of Mixtral's layer at 128 tokens read where it must not.
-            return "leaves segments to skinny and portable"
-        if problem.batch > 1 and problem.backend == "auto":  # they too make more clusters than the GPU holds
-            return "leaves batches to skinny and portable"
-        if problem.m < _LEAST_ROWS and problem.backend == "auto":
+        if few_rows.rows(problem) < _LEAST_ROWS and problem.backend == "auto":
             return f"leaves fewer than {_LEAST_ROWS} rows to skinny, which was as fast or faster wherever both were timed"
         return few_rows.refuse(problem, _MOST_ROWS)
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
-        rows = max(8, 1 << (problem.m - 1).bit_length())
+        rows = max(8, 1 << (few_rows.rows(problem) - 1).bit_length())
         wanted = []
         for g, w, split in _SHAPES:
             tokens = min(rows, _most_tokens(problem, g))
-            fitting = (c for c in (Config(tokens, g, w, *rings, split, pdl=problem.pdl) for rings in _RINGS) if _fits(problem, c))
-            wanted += [c for c in itertools.islice(fitting, 1) if tokens]
+            for t in sorted({tokens, max(8, tokens // 2)} if problem.grouped else {tokens}):  # some segments are shorter than others
+                fitting = (c for c in (Config(t, g, w, *rings, split, pdl=problem.pdl) for rings in _RINGS) if _fits(problem, c))
+                wanted += [c for c in itertools.islice(fitting, 1) if tokens]
         return tuple(c._replace(clusters=_clusters(problem, c, device)) for c in wanted)
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:

@@ -218,6 +218,8 @@ __device__ __forceinline__ void copy_async_16_streaming(u32 shared, const void* 
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global), "r"(valid), "l"(policy)
                  : "memory");
 }
+// From here on x is in a register: the compiler does not compute it again wherever it is used.
+__device__ __forceinline__ void hold(u32& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 template <int kBytes>  // 4, 8 or 16
 __device__ __forceinline__ void copy_async(u32 shared, const void* global) {

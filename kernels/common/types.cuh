@@ -22,4 +22,5 @@ template <class T>
 __device__ __forceinline__ constexpr T larger(T a, T b) {
     return a > b ? a : b;
 }
-__device__ __forceinline__ constexpr i32 ceil_div(i32 a, i32 b) { return a / b + (a % b != 0); }  // no overflow near INT_MAX
+// Right below zero too, and near INT_MAX.
+__device__ __forceinline__ constexpr i32 ceil_div(i32 a, i32 b) { return a / b + (a % b > 0); }

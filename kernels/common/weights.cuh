@@ -4,8 +4,8 @@
 // of a weight row is its part of the fragments of several MMAs; rows of A are laid down in the order that those chunks ask for (rows.cuh).
 // A step is 128 bytes of each weight row of a tile of 16 * ROW_BLOCKS; lane l has chunks l % 4 and l % 4 + 4 of rows l / 4 + 8 i.
 //
-// The including kernel is configured by A_ELEMENT, A_SCALE, B_ELEMENT, B_SCALE, ROW_BLOCKS, STAGES and WARPS_K (warps, or groups of them,
-// that take the steps of a tile in turn), which this header reads.
+// The including kernel is configured by A_ELEMENT, A_SCALE, B_ELEMENT, B_SCALE, ROW_BLOCKS, STAGES and STEPS_APART (from one step of a warp
+// to its next), which this header reads.
 #pragma once
 #include "common/args.cuh"
 #include "common/delay.cuh"
@@ -70,7 +70,7 @@ __device__ __forceinline__ void two_scales(u32 codes, u32& first, u32& second) {
 #if __CUDA_ARCH__ >= 890
     u32 both = decode_e4m3_fp16(static_cast<u16>(codes));
     if constexpr (kComputeBf16)
-        both = pack_bf16(fp16_to_float(both) * 0x1p117f, fp16_to_float(both >> 16) * 0x1p117f);
+        both = multiply_bf16x2(pack_bf16(fp16_to_float(both), fp16_to_float(both >> 16)), 0x7A007A00u);
     else
         both = multiply_fp16x2(both, 0x58005800u);
 #else
@@ -105,46 +105,66 @@ constexpr int kScaleOfUnit = B_SCALE == kE4m3 && kValues == 32 ? kUnit / 2 : 0; 
 
 // The ring ------------------------------------------------------------------------------------------------------------------------
 
-// Where a warp is in its CTA, and what of the problem it computes.
+// Where a lane is in its warp, and what of the problem its CTA computes.
 struct Place {
     int lane, g, t;  // g, t: row and column of the lane in an MMA's fragments
-    int warp_k, group;
-    i32 first_step, steps;    // of this CTA
-    i32 rounds;               // steps of a warp
-    i32 tile, tiles, stride;  // the warp's first tile, all of them, and from one of its tiles to the next
-    Work work;                // which matrices, and which rows of A
+    i32 first_step, steps;
+    Work work;  // which matrices, and which rows of A
+};
+
+// The next step to be fetched, of those of a warp: every STEPS_APART-th one of a tile, up to `end`, then those of the tile `stride` on.
+struct Walk {
+    i32 tile, step;  // step: of those of the CTA
+    i32 left;        // steps, this one included
+    i32 end, stride;
+
+    __device__ __forceinline__ bool next() {  // in another tile?
+        --left, step += STEPS_APART;
+        if (step < end) return false;
+        do step -= end, tile += stride;
+        while (step >= end);
+        return true;
+    }
 };
 
 struct Fetch {
     static constexpr int kBytes = B_ELEMENT == kBf16 || B_ELEMENT == kFp16 ? 2 : 1;  // of a stored value
+    static constexpr int kCopies = ROW_BLOCKS * 4, kScaleCopies = ROW_BLOCKS * 2;    // of a lane
 
     const Args& args;
     const Place& at;
+    Walk walk;
     const u8 *weights, *scales;  // of this matrix
     u64 policy;
-    u32 ring, to;  // the first stage, and the next to be filled
-    i32 tile, round;
-    i32 row_bytes;
-    const u8* from;                   // this lane copies chunk lane % 8 of rows lane / 8 + 4 j
-    i32 last_j;                       // further rows are not there: the last one again
-    const u8* scale[ROW_BLOCKS * 2];  // and word t of the scales of rows g + 8 i
-    i64 eight_rows, next_scales;      // bytes from one of them to the next, and from step to step
+    u32 ring, to;                   // the first stage, and the next to be filled
+    u32 place, scale_place;         // of this lane's first copies in a stage
+    i32 row_bytes, whole;           // steps before `whole` can be copied as they lie
+    const u8* from;                 // this lane copies chunk lane % 8 of rows lane / 8 + 4 j,
+    u32 down[kCopies];              // which lie so many 16-byte pieces further; those that are not there: the last one again
+    const u8* scale[kScaleCopies];  // and word t of the scales of rows g + 8 i
+    i64 eight_rows, next_scales;    // bytes from one of them to the next, and from step to step
 
-    __device__ __forceinline__ Fetch(const Args& args, const Place& at, u32 ring)
+    __device__ __forceinline__ Fetch(const Args& args, const Place& at, const Walk& walk, u32 ring)
         : args(args),
           at(at),
+          walk(walk),
           weights(reinterpret_cast<const u8*>(args.b) + at.work.expert * args.b_batch * kBytes),
           scales(reinterpret_cast<const u8*>(args.b_scale) + at.work.expert * args.b_scales.matrix),
           policy(evict_first()),
           ring(ring),
           to(ring),
-          tile(at.tile),
-          round(0),
+          place(at.lane / 8 * 128 + (at.lane % 8 ^ at.lane / 8 % 2 * 4) * 16),  // rows lane / 8 + 4 j are odd together
+          scale_place(128 * kRows + (at.g * kScaleWords + at.t) * 4),
           row_bytes(kPacked<B_ELEMENT> ? (args.k + 1) / 2 : args.k * kBytes),
+          whole(scales_in_words() ? row_bytes / 128 - at.first_step : 0),
           eight_rows(args.b_scales.tile_rows == 128 ? 8 * 16
                      : args.b_scales.tile_rows == 8 ? args.b_scales.row
                                                     : 8 * args.b_scales.row),
-          next_scales(WARPS_K * kScaleWords * word_bytes()) {
+          next_scales(STEPS_APART * kScaleWords * word_bytes()) {
+        whole = smaller(whole, at.steps);
+#pragma unroll
+        for (int j = 0; j < kCopies; ++j) down[j] = 4 * j * (static_cast<u32>(args.b_column) * kBytes / 16);
+        hold(place), hold(scale_place);
         point();
     }
 
@@ -152,112 +172,119 @@ struct Fetch {
     __device__ __forceinline__ i64 word_bytes() const {
         return args.b_scales.tile_rows == 1 ? 4 * args.b_scales.block : args.b_scales.block;
     }
-
-    // From one step of a row to the next: in weights laid out in panels, a step of 128 8-bit values is one of them.
-    __device__ __forceinline__ i64 step_bytes() const { return kBytes == 1 && !kPacked<B_ELEMENT> ? 128 + args.b_panel : 128; }
-
-    __device__ __forceinline__ void point() {
-        const i32 step = at.first_step + at.warp_k, row = smaller(tile * kRows + at.lane / 8, args.n - 1);
-        from = weights + row * args.b_column * kBytes + step * step_bytes() + at.lane % 8 * 16;
-        last_j = (args.n - 1 - row) / 4;
-        if constexpr (kScaleWords != 0) {
-            const ScaleArgs& s = args.b_scales;
-            const i32 column = smaller(tile * kRows + at.g, args.n - 1), r = column + (s.place == 1 ? at.work.batch * args.n : 0);
-            const i32 row_tile = s.tile_rows == 1 ? r : s.tile_rows == 128 ? r / 128 : r / 8;
-            const i32 inside = s.tile_rows == 1 ? 0 : s.tile_rows == 128 ? r % 32 * 16 + r % 128 / 32 * 4 : r % 8 * 4;
-            scale[0] = scales + row_tile * s.row + (step * kScaleWords + at.t) * word_bytes() + inside;
-#pragma unroll
-            for (int i = 1; i < ROW_BLOCKS * 2; ++i) scale[i] = column + 8 * i < args.n ? scale[i - 1] + eight_rows : scale[i - 1];
-        }
-    }
-    // This lane's next row, or the last one again.
-    __device__ __forceinline__ const u8* below(const u8* p, int j) const { return j < last_j ? p + 4 * args.b_column * kBytes : p; }
-    // The first steps of this warp's first tile, to L2: lanes take steps in turn. Their scales come along with lines that others ask for.
-    __device__ __forceinline__ void prefetch() const {
-        const i32 step = at.lane % 8 * WARPS_K + at.warp_k;
-        if (tile >= at.tiles || step >= at.steps || row_bytes <= (at.first_step + step) * 128) return;
-        const u8* p = from + at.lane % 8 * (WARPS_K * step_bytes() - 16);
-#pragma unroll
-        for (int j = 0; j < ROW_BLOCKS * 4; ++j, p = below(p, j - 1)) prefetch_l2(p);
-    }
-    __device__ __forceinline__ void next() {
-        delay();
-        if (tile < at.tiles) {
-            const i32 step = round * WARPS_K + at.warp_k;  // of this CTA
-            const i32 left = step < at.steps ? row_bytes - (at.first_step + step) * 128 : 0;
-            if (__builtin_expect(left >= 128 && scales_in_words(), 1))
-                copy_whole();
-            else
-                copy_end(left);
-            from += WARPS_K * step_bytes();
-            if constexpr (kScaleWords != 0) {
-#pragma unroll
-                for (int i = 0; i < ROW_BLOCKS * 2; ++i) scale[i] += next_scales;
-            }
-            if (++round == at.rounds) {
-                round = 0, tile += at.stride;
-                point();
-            }
-            to = to == ring + (STAGES - 1) * kStageBytes ? ring : to + kStageBytes;
-        }
-        copy_async_commit();
-    }
-    __device__ __forceinline__ u32 data_place(int j) const {  // rows lane / 8 + 4 j are odd together
-        return to + j * 512 + at.lane / 8 * 128 + (at.lane % 8 ^ at.lane / 8 % 2 * 4) * 16;
-    }
-    __device__ __forceinline__ u32 scale_place(int i) const { return to + 128 * kRows + ((i * 8 + at.g) * kScaleWords + at.t) * 4; }
     __device__ __forceinline__ bool scales_in_words() const {
         const ScaleArgs& s = args.b_scales;
         const bool linear = s.tile_rows == 1;
         return kScaleWords == 0 || ((reinterpret_cast<u64>(scales) | (linear ? s.row : 0)) % 4 == 0 && (!linear || s.block == 1));
     }
-    __device__ __forceinline__ void copy_whole() {
-        const u8* p = from;
+
+    // From one step of a row to the next: in weights laid out in panels, a step of 128 8-bit values is one of them.
+    __device__ __forceinline__ i64 step_bytes() const { return kBytes == 1 && !kPacked<B_ELEMENT> ? 128 + args.b_panel : 128; }
+    __device__ __forceinline__ const u8* line(i32 row, i32 step) const {
+        return weights + smaller(row, args.n - 1) * args.b_column * kBytes + (at.first_step + step) * step_bytes();
+    }
+
+    __device__ __forceinline__ void point() {
+        const i32 row = walk.tile * kRows + at.lane / 8;
+        from = line(row, walk.step) + at.lane % 8 * 16;
+        if (walk.tile * kRows + kRows > args.n) {
 #pragma unroll
-        for (int j = 0; j < ROW_BLOCKS * 4; ++j, p = below(p, j - 1)) copy_async_16_streaming(data_place(j), p, 16, policy);
+            for (int j = 0; j < kCopies; ++j)
+                down[j] = larger(0, smaller(4 * j, (args.n - 1 - row) / 4 * 4)) * (static_cast<u32>(args.b_column) * kBytes / 16);
+        }
+        if constexpr (kScaleWords != 0) {
+            const ScaleArgs& s = args.b_scales;
+            const i32 column = smaller(walk.tile * kRows + at.g, args.n - 1), r = column + (s.place == 1 ? at.work.batch * args.n : 0);
+            const i32 row_tile = s.tile_rows == 1 ? r : s.tile_rows == 128 ? r / 128 : r / 8;
+            const i32 inside = s.tile_rows == 1 ? 0 : s.tile_rows == 128 ? r % 32 * 16 + r % 128 / 32 * 4 : r % 8 * 4;
+            scale[0] = scales + row_tile * s.row + ((at.first_step + walk.step) * kScaleWords + at.t) * word_bytes() + inside;
+#pragma unroll
+            for (int i = 1; i < kScaleCopies; ++i) scale[i] = column + 8 * i < args.n ? scale[i - 1] + eight_rows : scale[i - 1];
+        }
+    }
+    // The warp's first steps, to L2: lanes take steps in turn. Their scales come along with lines that others ask for.
+    __device__ __forceinline__ void prefetch() const {
+        Walk to = walk;
+#pragma unroll 1
+        for (int i = at.lane % 8; i > 0 && to.left > 0; --i) to.next();
+        if (to.left <= 0 || to.step >= at.steps) return;
+#pragma unroll
+        for (int j = 0; j < kCopies; ++j) prefetch_l2(line(to.tile * kRows + at.lane / 8 + 4 * j, to.step));
+    }
+    __device__ __forceinline__ void next() {
+        delay();
+        if (walk.left > 0) {
+            if (__builtin_expect(walk.step < whole, 1))
+                copy_whole();
+            else
+                copy_end(walk.step < at.steps ? row_bytes - (at.first_step + walk.step) * 128 : 0);
+            from += STEPS_APART * step_bytes();
+            if constexpr (kScaleWords != 0) {
+#pragma unroll
+                for (int i = 0; i < kScaleCopies; ++i) scale[i] += next_scales;
+            }
+            if (walk.next()) point();
+            to = to == ring + (STAGES - 1) * kStageBytes ? ring : to + kStageBytes;
+        }
+        copy_async_commit();
+    }
+    __device__ __forceinline__ void copy_whole() {
+#pragma unroll
+        for (int j = 0; j < kCopies; ++j) copy_async_16_streaming(to + place + j * 512, from + static_cast<u64>(down[j]) * 16, 16, policy);
         if constexpr (kScaleWords != 0) {
 #pragma unroll
-            for (int i = 0; i < ROW_BLOCKS * 2; ++i)
-                if (at.t < kScaleWords) copy_async<4>(scale_place(i), scale[i]);
+            for (int i = 0; i < kScaleCopies; ++i)
+                if (at.t < kScaleWords) copy_async<4>(to + scale_place + i * (32 * kScaleWords), scale[i]);
         }
     }
     // The last step of a row, nothing, or scales that are not whole words: what does not exist becomes zeros.
     __device__ __forceinline__ void copy_end(i32 left) {
         const i32 valid = smaller(16, left - at.lane % 8 * 16);
-        const u8* p = from;
 #pragma unroll 1
-        for (int j = 0; j < ROW_BLOCKS * 4; ++j, p = below(p, j - 1)) {
+        for (int j = 0; j < kCopies; ++j) {
+            const u8* p = line(walk.tile * kRows + at.lane / 8 + 4 * j, walk.step) + at.lane % 8 * 16;
             const Chunk part = valid > 0 ? load_partial(p, valid) : Chunk{};
-            store_shared_16(data_place(j), part.word[0], part.word[1], part.word[2], part.word[3]);
+            store_shared_16(to + place + j * 512, part.word[0], part.word[1], part.word[2], part.word[3]);
         }
         if constexpr (kScaleWords != 0) {
             constexpr int kBlockBytes = B_SCALE == kE4m3 ? 8 : 32 * 16 / kValues;  // of a weight row under one block byte
             const i32 bytes = smaller(4, (left + kBlockBytes - 1) / kBlockBytes - at.t * 4);
             const i64 apart = args.b_scales.tile_rows == 1 ? args.b_scales.block : 1;
 #pragma unroll
-            for (int i = 0; i < ROW_BLOCKS * 2; ++i) {
+            for (int i = 0; i < kScaleCopies; ++i) {
                 if (at.t >= kScaleWords) continue;
                 u32 word = 0;
 #pragma unroll 1
                 for (int b = 0; b < bytes; ++b) word |= load_global_u8(scale[i] + b * apart) << (8 * b);
-                store_shared_u32(scale_place(i), word);
+                store_shared_u32(to + scale_place + i * (32 * kScaleWords), word);
             }
         }
     }
 };
 
-// The block scales of this lane's chunk c of each row.
-__device__ __forceinline__ void load_scales(u32 (&scale)[ROW_BLOCKS * 2][2], const Place& at, u32 stage, int c) {
-    if constexpr (kScaleWords != 0) {
+// A lane's part of a stage: chunk c of each row, and the scales of its halves.
+struct Reads {
+    u32 chunk, scales;  // where chunk 0 of the first row is, and its scales
+
+    __device__ __forceinline__ explicit Reads(const Place& at)
+        : chunk(at.g * 128 + at.t * 16 + at.g % 2 * 64),
+          scales(128 * kRows + at.g * kScaleWords * 4 +
+                 (B_SCALE == kE4m3 ? at.t * 2
+                  : kValues == 32  ? at.t
+                                   : at.t / 2)) {
+        hold(chunk), hold(scales);
+    }
+    __device__ __forceinline__ void load(Chunk (&raw)[ROW_BLOCKS * 2], u32 (&scale)[ROW_BLOCKS * 2][2], u32 stage, int c) const {
 #pragma unroll
         for (int i = 0; i < ROW_BLOCKS * 2; ++i) {
-            const u32 row = stage + 128 * kRows + (i * 8 + at.g) * (kScaleWords * 4);
-            if constexpr (B_SCALE == kE4m3) {
-                two_scales(load_shared_u16(row + c * 8 + at.t * 2), scale[i][0], scale[i][1]);
-            } else {
-                constexpr int kPerChunk = kValues == 32 ? 1 : 2;  // lanes under one byte
-                scale[i][0] = scale[i][1] = decode_scale<kE8m0, true>(load_shared_u8(row + (c * 4 + at.t) / kPerChunk));
+            raw[i] = load_shared_16(stage + (chunk ^ c * 64) + i * 1024);
+            if constexpr (kScaleWords != 0) {
+                const u32 place = stage + scales + i * (kScaleWords * 32) + c * (kScaleWords * 2);
+                if constexpr (B_SCALE == kE4m3)
+                    two_scales(load_shared_u16(place), scale[i][0], scale[i][1]);
+                else
+                    scale[i][0] = scale[i][1] = decode_scale<kE8m0, true>(load_shared_u8(place));
             }
         }
     }
-}
+};

@@ -100,6 +100,11 @@ static Warp warps[kMostThreads / 32];
 static Barrier cta[kMostCtas], named[kMostCtas][32], cluster, predecessor;
 static Late late[16];  // what the kernel ahead has not written yet
 static unsigned lates;
+struct Array {
+    unsigned long long from, to;
+};
+static Array array[64];  // what may be read, if known
+static unsigned arrays;
 static Fiber* self;
 static jmp_buf scheduler;
 
@@ -138,8 +143,16 @@ inline void show_stores() {
         memcpy(view[self->cta] + self->store[i].to, memory() + self->store[i].to, self->store[i].size);
     self->stores = 0;
 }
+// Fails where a kernel reads global memory outside the arrays that it was given.
+inline void reads(const void* p, unsigned long long size) {
+    const auto address = reinterpret_cast<unsigned long long>(p);
+    for (unsigned i = 0; i < arrays; ++i)
+        if (array[i].from <= address && address + size <= array[i].to) return;
+    if (arrays && size) fail("read outside every array, at", address);
+}
 template <class T>
 T load(const void* p) {
+    reads(p, sizeof(T));
     T value;
     if (reinterpret_cast<unsigned long long>(p) % sizeof(T)) fail("load is not aligned", reinterpret_cast<unsigned long long>(p));
     memcpy(&value, p, sizeof value);
@@ -186,6 +199,7 @@ T exchange(T value, unsigned from) {
 }
 
 inline void copy(const Copy& copy) {
+    reads(copy.from, copy.valid);
     unsigned char bytes[16] = {};
     memcpy(bytes, copy.from, copy.valid);
     store(copy.to, bytes, copy.size);

@@ -239,6 +239,7 @@ inline u16 encode_e4m3_sm89(float low, float high) { return emulator::to_fp8(low
 inline u16 encode_e5m2_sm89(float low, float high) { return emulator::to_fp8(low, 5, 15) | emulator::to_fp8(high, 5, 15) << 8; }
 
 inline u64 evict_first() { return 0; }
+inline void hold(u32&) {}
 inline void copy_async_16_streaming(u32 shared, const void* global, u32 valid, u64) { emulator::copy_async(shared, global, 16, valid); }
 inline void prefetch_l2(const void*) {}
 inline void barrier_sync(int number, int threads) { emulator::wait(emulator::named[emulator::self->cta][number], threads); }
