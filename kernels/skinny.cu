@@ -138,6 +138,7 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
         for (int c = 0; c < 2; ++c) reads.load(raw[c], scale[c], stage, c);
         stage = stage == fetch.ring + (STAGES - 1) * kStageBytes ? fetch.ring : stage + kStageBytes;
         fetch.next();
+        if constexpr (SCALE_BLOCK != 0) block.load(fetch.args, at.first_step + step);
         if constexpr (kLookForNan) {
 #pragma unroll
             for (int i = 0; i < ROW_BLOCKS * 8; ++i) {
@@ -149,7 +150,6 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
             multiply_units<0>(sum, raw[0], scale[0], a);
             multiply_units<0>(sum, raw[1], scale[1], a + kUnits * kUnitBytes);
         } else {
-            block.load(fetch.args, at.first_step + step);
             Sums part = {};
 #pragma unroll
             for (int c = 0; c < 2; ++c) {

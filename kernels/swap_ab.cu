@@ -19,7 +19,8 @@ constexpr int kGroups = WARPGROUPS / WARPS_K;
 constexpr int kCoreBytes = TOKENS * 16 + 16;              // 8 values along k of all tokens, and what spreads them over banks
 constexpr int kStepBytes = kStepValues / 8 * kCoreBytes;  // of A
 constexpr int kSources = SPLIT * WARPS_K;                 // of the sums of each part: 16 columns and 8 rows of D
-constexpr int kMail = (4 * kGroups * kTokenBlocks + SPLIT - 1) / SPLIT * kSources * 512;
+constexpr int kRounds = TOKENS > 64 ? 2 : 1, kBlocks = kTokenBlocks / kRounds;  // of 8 tokens, whose sums are exchanged at a time
+constexpr int kMail = (4 * kGroups * kBlocks + SPLIT - 1) / SPLIT * kSources * 512;
 static_assert(TOKENS % 8 == 0 && WARPGROUPS % WARPS_K == 0);
 
 // Where a warp is in its CTA, and what it does there.
@@ -185,7 +186,8 @@ __device__ __forceinline__ void produce(const Args& args, const Seat& at, const 
 
 // Main loop -----------------------------------------------------------------------------------------------------------------------
 
-constexpr int kProducts = 2 * kUnits;  // of half a step
+constexpr int kProducts = 2 * kUnits;          // of half a step
+constexpr int kBuffers = TOKENS > 64 ? 1 : 2;  // of fragments: many sums leave no registers for another
 using Fragments = u32[kProducts][4];
 
 template <int kUnit>
@@ -225,7 +227,7 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Seat& at, Fetch& 
                                               u32& stage, u32 number) {
     u32 nan[2] = {};
     BlockScales block(fetch.args, at, tile);
-    Fragments f[2];
+    Fragments f[kBuffers];
 #pragma unroll 1
     for (i32 round = 0; round < at.rounds; ++round) {
         copy_async_wait<STAGES - 2>();
@@ -250,20 +252,20 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Seat& at, Fetch& 
         Sums part = {};
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-            decode_units<0>(f[c], raw[c], scale[c]);  // the second half while the first is multiplied
+            decode_units<0>(f[c % kBuffers], raw[c], scale[c]);  // the second half while the first is multiplied, if there is room
             delay();
             if (c == 0) mbarrier_wait(shared.full(slot), shared.parity(number + step));
-            multiply(SCALE_BLOCK == 0 ? sum : part, f[c], x + c * kProducts * 2 * kCoreBytes);
-            if (c == 0 && kParts == 1) continue;
+            multiply(SCALE_BLOCK == 0 ? sum : part, f[c % kBuffers], x + c * kProducts * 2 * kCoreBytes);
+            if (c == 0 && kParts == 1 && kBuffers == 2) continue;
             wgmma_wait<0>();
             keep(f[0]);
-            if (c == 1) keep(f[1]);
+            if (c == 1) keep(f[kBuffers - 1]);
             if constexpr (SCALE_BLOCK == 0) {
                 keep(sum);
             } else {
                 keep(part);
                 if (c == 1 && kParts == 2 && ((at.first_step + step) * 2 + 1) * SCALE_BLOCK >= fetch.args.k) break;  // no block, no scale
-                block.add(sum, part, c * (kParts - 1));
+                if (c == 1 || kParts == 2) block.add(sum, part, c * (kParts - 1));
             }
         }
         delay();
@@ -283,6 +285,23 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Seat& at, Fetch& 
 
 // Sums ----------------------------------------------------------------------------------------------------------------------------
 
+// What scales four columns of D, and is added to them.
+struct Columns {
+    i32 first;
+    float factor[4], bias[4], alpha;
+
+    __device__ __forceinline__ void load(const Args& args, i32 expert, i32 column) {
+        first = column;
+        alpha = args.alpha ? load_float(args.alpha, 0, args.alpha_type) : args.alpha_value;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const i32 n = smaller(column + c, args.n - 1);
+            factor[c] = Factors::scale(args.b_outer, args.b_outers, expert, n, args.b_outer_value);
+            bias[c] = args.bias && args.bias_row == 0 ? load_float(args.bias, expert * args.bias_expert + n, args.bias_type) : 0.f;
+        }
+    }
+};
+
 // Part q of the CTA's tile is stored by CTA q % SPLIT, whose warps take its parts in turn; or by the warp that summed it, if nobody else did.
 struct Mail {
     const Shared& shared;
@@ -295,12 +314,13 @@ struct Mail {
     static __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
         SPLIT > 1 ? mbarrier_wait_cluster(barrier, parity) : mbarrier_wait(barrier, parity);
     }
-    __device__ __forceinline__ void send(const Sums& sum, i32 turn) const {
-        if (kSources > 1 && turn > 0) wait(shared.mail_empty(), turn % 2 ^ 1);
+    // number: of all rounds; round: of those of the tile.
+    __device__ __forceinline__ void send(const Sums& sum, i32 number, int round) const {
+        if (kSources > 1 && number > 0) wait(shared.mail_empty(), number % 2 ^ 1);
 #pragma unroll
-        for (int part = 0; part < kTokenBlocks; ++part) {
-            const int q = at.group * kTokenBlocks + part;
-            const float (&s)[4] = sum[0][part];
+        for (int block = 0; block < kBlocks; ++block) {
+            const int q = at.group * kBlocks + block;
+            const float (&s)[4] = sum[0][round * kBlocks + block];
             if constexpr (SPLIT > 1)
                 store_remote_16(letter(q, rank * WARPS_K + at.warp_k), q % SPLIT, s);
             else
@@ -319,34 +339,31 @@ struct Mail {
         }
     }
     // first: number of the first of the CTA's tiles of 16 columns.
-    __device__ __forceinline__ void finish(const Args& args, i32 turn, i32 first) const {
-        if (kSources > 1) wait(shared.mail_full(), turn % 2);
-        const int begin = kSources > 1 ? warp * SPLIT + rank : at.group * kTokenBlocks;
-        const int end = kSources > 1 ? 4 * kGroups * kTokenBlocks : begin + kTokenBlocks;
+    __device__ __forceinline__ void finish(const Args& args, i32 number, int round, i32 first) const {
+        const int begin = kSources > 1 ? warp * SPLIT + rank : at.group * kBlocks;
+        const int end = kSources > 1 ? 4 * kGroups * kBlocks : begin + kBlocks;
+        const auto column = [&](int q) { return (first + q / kBlocks) * 16 + at.t * 4; };
+        Columns columns;
+        columns.load(args, at.work.expert, column(begin));
+        if (kSources > 1) wait(shared.mail_full(), number % 2);
         __syncwarp();  // lanes read what others have summed
 #pragma unroll 1
-        for (int q = begin; q < end; q += kSources > 1 ? kConsumers * SPLIT : 1)
-            store(args, q, (first + q / kTokenBlocks) * 16 + at.t * 4, q % kTokenBlocks * 8 + at.g);
+        for (int q = begin; q < end; q += kSources > 1 ? kConsumers * SPLIT : 1) {
+            if (column(q) != columns.first) columns.load(args, at.work.expert, column(q));
+            store(args, columns, q, (round * kBlocks + q % kBlocks) * 8 + at.g);
+        }
         __syncwarp();
         arrive(shared.mail_empty());
     }
     // Four columns of one token: sum * row[m] * column[n] * alpha + bias[n], in this order.
-    __device__ __forceinline__ void store(const Args& args, int q, i32 column, int token) const {
-        const i32 count = smaller(4, args.n - column);
+    __device__ __forceinline__ void store(const Args& args, const Columns& columns, int q, int token) const {
+        const i32 count = smaller(4, args.n - columns.first);
         if (count <= 0 || token >= tokens_of(at.work)) return;
         const Work& work = at.work;
         const i32 to = result_row(args, work, token), source = source_row(args, to);
-        const float alpha = args.alpha ? load_float(args.alpha, 0, args.alpha_type) : args.alpha_value;
         const float row = Factors::scale(args.a_outer, args.a_outers, work.batch, scale_row(args, args.a_outers, work, token, source),
                                          args.a_outer_value);
-        float factor[4], bias[4], x[4] = {};
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const i32 n = smaller(column + c, args.n - 1);
-            factor[c] = Factors::scale(args.b_outer, args.b_outers, work.expert, n, args.b_outer_value);
-            const i64 place = args.bias_row ? to * args.bias_row + n : work.expert * args.bias_expert + n;  // of each row, or for all
-            bias[c] = args.bias ? load_float(args.bias, place, args.bias_type) : 0.f;
-        }
+        float x[4] = {};
         // The lane that summed value n of a token: n % 8 is its row g, token / 2 its t.
         const u32 letters = shared.mail + q / SPLIT * kSources * 512 + (at.t % 2 * 16 + at.g / 2) * 16 + (at.t / 2 * 2 + at.g % 2) * 4;
 #pragma unroll 4
@@ -355,9 +372,13 @@ struct Mail {
             for (int c = 0; c < 4; ++c) x[c] += load_shared_float(letters + sender * 512 + c * 64);
         }
 #pragma unroll
-        for (int c = 0; c < 4; ++c) x[c] = source < 0 ? 0.f : x[c] * kResidue * row * factor[c] * alpha + bias[c];
-        store_four(args.out, work.batch * args.out_batch + to * args.out_row + column * args.out_column, args.out_column, args.out_type, x,
-                   count);
+        for (int c = 0; c < 4; ++c) {
+            float bias = columns.bias[c];
+            if (args.bias_row != 0 && c < count) bias = load_float(args.bias, to * args.bias_row + columns.first + c, args.bias_type);
+            x[c] = source < 0 ? 0.f : x[c] * kResidue * row * columns.factor[c] * columns.alpha + bias;
+        }
+        const i64 place = work.batch * args.out_batch + to * args.out_row + columns.first * args.out_column;
+        store_four(args.out, place, args.out_column, args.out_type, x, count);
     }
 };
 
@@ -385,10 +406,13 @@ __device__ __forceinline__ void consume(const Args& args, const Seat& at, const 
         Sums sum = {};
         multiply_tile(sum, at, fetch, reads, shared, tile, stage, turn * at.steps);
         const Mail mail{shared, at, warp, rank};
-        delay();
-        mail.send(sum, turn);
-        delay();
-        mail.finish(args, turn, tile - at.group);
+#pragma unroll
+        for (int round = 0; round < kRounds; ++round) {
+            delay();
+            mail.send(sum, turn * kRounds + round, round);
+            delay();
+            mail.finish(args, turn * kRounds + round, round, tile - at.group);
+        }
     }
     copy_async_wait<0>();
 }

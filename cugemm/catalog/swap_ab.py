@@ -90,7 +90,8 @@ class SwapAB:
         wanted = []
         for g, w, split in _SHAPES:
             tokens = min(rows, _most_tokens(problem, g))
-            for t in sorted({tokens, max(8, tokens // 2)} if problem.grouped else {tokens}):  # some segments are shorter than others
+            fewer = max(8, tokens // 2) if problem.grouped else min(tokens, 64)  # some segments are shorter than others
+            for t in sorted({tokens, fewer}):
                 fitting = (c for c in (Config(t, g, w, *rings, split, pdl=problem.pdl) for rings in _RINGS) if _fits(problem, c))
                 wanted += [c for c in itertools.islice(fitting, 1) if tokens]
         return tuple(c._replace(clusters=_clusters(problem, c, device)) for c in wanted)
@@ -123,7 +124,7 @@ class SwapAB:
 def smem(problem: Problem, config: Config) -> int:
     """`Shared` of the kernel: barriers, steps of A, sums, rings."""
     steps = config.x_stages * few_rows.chunk(problem) * 16 * (config.tokens + 1)
-    parts = config.columns // 16 * (config.tokens // 8)
+    parts = config.columns // 16 * (min(config.tokens, 64) // 8)
     mail = ceil_div(parts, config.split) * config.split * config.warps_k * 512
     rings = 4 * config.warpgroups * config.stages * few_rows.stage_bytes(problem)
     return ceil_div(16 * config.x_stages + 16, 128) * 128 + steps + mail + rings
@@ -140,7 +141,7 @@ def _most_tokens(problem: Problem, warpgroups: int) -> int:
         return 0
     if problem.scale_block:
         return 32 if bits == 8 and not gemm.computes_bf16(problem) else 16
-    return 64 if warpgroups < 4 else 32 if bits == 16 else 16
+    return 128 if warpgroups == 2 else 64 if warpgroups == 3 else 32 if bits == 16 else 16
 
 
 def _clusters(problem: Problem, config: Config, device: Device) -> int:
