@@ -107,7 +107,7 @@ def test_few_rows_of_a_large_weight_have_their_kernels() -> None:
             for n, k in ((28672, 4096), (4096, 14336)):
                 best = select.choose(skinny_question(name, m, n, k), arch.H100).best.kernel
                 assert best is skinny.KERNEL or (best is swap_ab.KERNEL and m > 8)
-    assert select.choose(skinny_question("bf16", 128, 28672, 4096), arch.H100).best.kernel is portable.KERNEL
+    assert select.choose(skinny_question("bf16", 256, 28672, 4096), arch.H100).best.kernel is portable.KERNEL
 
 
 def test_choice_among_kernels_is_near_the_best_recorded() -> None:
@@ -123,8 +123,8 @@ def test_choice_among_kernels_is_near_the_best_recorded() -> None:
         ]
         wrong += [max(predicted / us, us / predicted) for predicted, us in known]
         losses.append(known[0][1] / min(measured.values()))
-    assert len(losses) == 120
-    assert sum(loss < 1.05 for loss in losses) >= 0.85 * len(losses)
+    assert len(losses) == 144
+    assert sum(loss < 1.05 for loss in losses) >= 0.83 * len(losses)
     assert statistics.geometric_mean(losses) < 1.025
-    assert max(losses) < 1.35
+    assert max(losses) < 1.25
     assert statistics.median(wrong) < 1.15

@@ -90,12 +90,12 @@ _LATENCY = 8.6
 """How much longer a warp takes for a step, which it does not share with others."""
 _TILE_NS = 14.5
 """For all that a warp does between tiles, as a step."""
-_END_NS, _SUM_NS = 2000.0, 2.0
+_END_NS, _SUM_NS = 800.0, 2.0
 """Behind the last step; for each part of a tile (16 columns, 8 rows) that a warp adds up, and each warp that had some of it."""
 _STAGE_BYTES = 50.0
 """Bytes of A that reach the shared memory of an SM in a ns."""
 _LAUNCH_US, _CLUSTER_US = 2.3, 1.5
-_WARP_NS = 75.0
+_WARP_NS = 110.0
 """For all that a warp of an SM does before its first step."""
 _CALIBRATED_KHZ = 1_980_000
 
