@@ -79,7 +79,7 @@ _LARGE_ANY = _Tile((128, 128, 64, 2, 4, 1), 1, {c: 38.0 * f for c, f in _ANY.ite
 _MEDIUM_ANY = _Tile((64, 64, 64, 2, 4, 1), 1, {c: 14.0 * f for c, f in _ANY.items()}, {c: 14.0 * f for c, f in _ANY.items()})
 _SMALL_ANY = _Tile((16, 32, 128, 1, 1, 4), 2, {c: 8.0 * f for c, f in _ANY.items()}, {c: 4.0 * f for c, f in _ANY.items()})
 _CALIBRATED_KHZ = 1_980_000
-_LAUNCH_US = 3.7
+_LAUNCH_US = 4.1
 _SUMS_US = 0.35
 """For 64 x 64 sums of each CTA of a cluster."""
 _BYTE_SCALES = 1.6

@@ -94,7 +94,7 @@ _END_NS, _SUM_NS = 800.0, 2.0
 """Behind the last step; for each part of a tile (16 columns, 8 rows) that a warp adds up, and each warp that had some of it."""
 _STAGE_BYTES = 50.0
 """Bytes of A that reach the shared memory of an SM in a ns."""
-_LAUNCH_US, _CLUSTER_US = 2.3, 1.5
+_LAUNCH_US, _CLUSTER_US = 2.0, 1.5
 _WARP_NS = 110.0
 """For all that a warp of an SM does before its first step."""
 _CALIBRATED_KHZ = 1_980_000

@@ -52,20 +52,20 @@ _RINGS = ((4, 8), (4, 4), (3, 8), (3, 4), (4, 2), (3, 2), (2, 2))
 """`stages`, `x_stages`: the first that fits."""
 
 # What follows is fitted to recorded times of 144 problems of 8 to 128 rows (docs/benchmarks/swap_ab_configs.json); the choice among all
-# kernels that it leads to is within 5 % of the best on 123 of them. What a step costs an SM, in ns on an H100 at 1.98 GHz: to decode 64
+# kernels that it leads to is within 5 % of the best on 129 of them. What a step costs an SM, in ns on an H100 at 1.98 GHz: to decode 64
 # columns, for their products with 8 rows and 64 k, and to bring such rows.
-_DECODE_NS = {16: 71.0, 8: 81.0, 4: 150.0}
+_DECODE_NS = {16: 31.5, 8: 81.4, 4: 93.5}
 """By bits of a weight: bf16, e4m3 to fp16, nvfp4 to bf16."""
-_BF16_NS = 39.0
+_BF16_NS = 49.6
 """More where 8 bits become bf16, without a conversion in hardware."""
-_BLOCK_NS = 157.0
+_BLOCK_NS = 187.0
 """More where floats scale sums of 128."""
-_MULTIPLY_NS, _BRING_NS = 0.8, 24.0
-_LATENCY = 2.05
+_MULTIPLY_NS, _BRING_NS = 1.18, 24.2
+_LATENCY = 2.03
 """How much longer a warpgroup takes for a step than its share of the SM's work, and waits for its products, which it does not share."""
-_TILE_NS, _SUM_NS = 3360.0, 2.4
+_TILE_NS, _SUM_NS = 3442.0, 5.55
 """For each tile, and for each part of its sums (64 columns, 8 rows) that another warpgroup has."""
-_LAUNCH_US, _CLUSTER_US = 3.4, 1.6
+_LAUNCH_US, _CLUSTER_US = 3.13, 2.74
 _CALIBRATED_KHZ = 1_980_000
 
 
@@ -89,7 +89,7 @@ class SwapAB:
         rows = max(8, 1 << (few_rows.rows(problem) - 1).bit_length())
         wanted = []
         for g, w, split in _SHAPES:
-            tokens = min(rows, _most_tokens(problem, g))
+            tokens = min(rows, _most_tokens(problem, g, w))
             fewer = max(8, tokens // 2) if problem.grouped else min(tokens, 64)  # some segments are shorter than others
             for t in sorted({tokens, fewer}):
                 fitting = (c for c in (Config(t, g, w, *rings, split, pdl=problem.pdl) for rings in _RINGS) if _fits(problem, c))
@@ -134,14 +134,14 @@ def _fits(problem: Problem, config: Config) -> bool:
     return config.x_stages % config.warps_k == 0 and smem(problem, config) <= arch.get("sm_90a").max_smem
 
 
-def _most_tokens(problem: Problem, warpgroups: int) -> int:
-    """That leave registers for so many warpgroups (what the compiler says); 0: none do."""
+def _most_tokens(problem: Problem, warpgroups: int, warps_k: int) -> int:
+    """That leave registers for so many warpgroups (what the compiler says), and are worth it; 0: none do."""
     bits = 128 // few_rows.chunk(problem)
     if warpgroups > 2 and (bits == 4 or problem.scale_block):
         return 0
     if problem.scale_block:
         return 32 if bits == 8 and not gemm.computes_bf16(problem) else 16
-    return 128 if warpgroups == 2 else 64 if warpgroups == 3 else 32 if bits == 16 else 16
+    return 128 if warpgroups == 2 and warps_k == 1 else 64 if warpgroups < 4 else 32 if bits == 16 else 16
 
 
 def _clusters(problem: Problem, config: Config, device: Device) -> int:
