@@ -179,7 +179,7 @@ struct Runs {
     const Args& args;
     const Place& at;
     i32 first, count, run;  // tiles
-    i32 most;               // tiles that a group has a part of
+    i32 most;               // the most of them that a group has a part of
     u32 sums, mail;         // in shared memory: [groups][most][WARPS_K] tiles; [tiles that this CTA stores][SPLIT]
     int rank;
 

@@ -2,7 +2,7 @@
 // from shared memory to registers, and rows of A ("tokens") their 8 to 128 columns, read from shared memory. sm_90a.
 //
 //   weights  each warp copies what it will decode itself, STAGES - 1 steps of 128 bytes a row ahead and across tiles (weights.cuh): no
-//            barrier, and while the first half of a step is multiplied the other one is decoded
+//            barrier; up to 64 rows of A, while the first half of a step is multiplied the other one is decoded
 //   A        four warps bring rows of A for step after step, X_STAGES at once, and lay them down as decoded weights ask for
 //   k        SPLIT CTAs of a cluster cut k into runs of steps; in each, WARPS_K warpgroups take its steps in turn
 //   rows     WARPGROUPS / WARPS_K warpgroups take 64 weight rows each; clusters take tiles in turn

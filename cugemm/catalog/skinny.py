@@ -1,4 +1,4 @@
-"""`kernels/skinny.cu`: up to 64 rows of a matrix, or of each segment, with weights contiguous along k; sm_80 and up."""
+"""`kernels/skinny.cu`: up to 64 rows of a matrix, or 16 of a segment on average, with weights contiguous along k; sm_80 and up."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def _tiles(problem: Problem, config: Config) -> int:
 
 
 def _clusters(problem: Problem, config: Config, device: Device, target: arch.Arch | None = None) -> int:
-    """As many as the GPU holds, but no more than have as many tiles as all others, or one fewer; with a target, so many that sums fit."""
+    """The fewest that give none more tiles than as many as the GPU holds would; with a target, so many that the sums of those tiles fit."""
     tiles = _tiles(problem, config)
     each = ceil_div(tiles, few_rows.clusters(problem, config.tokens, tiles, _resident(config, device)))
     while target and each > 1 and not _fits(problem, config, target, each):

@@ -246,9 +246,6 @@ __device__ __forceinline__ u32 load_shared_u8(u32 p) {
     return v;
 }
 __device__ __forceinline__ void store_shared_u32(u32 p, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(p), "r"(v) : "memory"); }
-__device__ __forceinline__ void barrier_sync(int number, int threads) {  // of some of the CTA's warps; number 0 is __syncthreads
-    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
 __device__ __forceinline__ void wait_for_predecessor() {
     asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
 }

@@ -5,7 +5,6 @@
 #include "common/weights.cuh"
 
 constexpr int kTokens = smaller(TOKENS, 8), kTokenBlocks = (TOKENS + 7) / 8;  // held of each block of 8
-constexpr int kSumBytes = ROW_BLOCKS * kTokenBlocks * 512;                    // of a warp: those of a tile
 constexpr int kParts = SCALE_BLOCK ? kStepValues / SCALE_BLOCK : 1;           // k-blocks of a step that floats scale
 static_assert(kParts == 1 || kParts == 2, "a chunk lies in one block");
 

@@ -97,7 +97,7 @@ static bool eager;
 static unsigned long long progress;  // barriers passed and threads ended
 static Fiber fibers[kMostThreads];
 static Warp warps[kMostThreads / 32];
-static Barrier cta[kMostCtas], named[kMostCtas][32], cluster, predecessor;
+static Barrier cta[kMostCtas], cluster, predecessor;
 static Late late[16];  // what the kernel ahead has not written yet
 static unsigned lates;
 struct Array {
@@ -242,7 +242,7 @@ int run(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel) {
     for (unsigned number = 0; number < grid; number += ctas) {
         for (unsigned i = 0; i < ctas; ++i) memset(shared[i], 0xFF, shared_size), memset(view[i], 0xFF, shared_size), cta[i] = {};
         for (Warp& warp : warps) warp.barrier = {};
-        cluster = predecessor = {}, memset(named, 0, sizeof named);
+        cluster = predecessor = {};
         for (unsigned i = 0; i < all; ++i) {
             Fiber& fiber = fibers[i];
             fiber.thread = i % block, fiber.cta = i / block, fiber.done = false, fiber.first = fiber.last = fiber.count[0] = 0;

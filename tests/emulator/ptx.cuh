@@ -242,7 +242,6 @@ inline u64 evict_first() { return 0; }
 inline void hold(u32&) {}
 inline void copy_async_16_streaming(u32 shared, const void* global, u32 valid, u64) { emulator::copy_async(shared, global, 16, valid); }
 inline void prefetch_l2(const void*) {}
-inline void barrier_sync(int number, int threads) { emulator::wait(emulator::named[emulator::self->cta][number], threads); }
 template <int kBytes>
 void copy_async(u32 to, const void* from) {
     emulator::copy_async(to, from, kBytes, kBytes);
