@@ -26,6 +26,8 @@ constexpr int kStepBytes = 2 * kUnits * kUnitBytes;
 constexpr int kPartsOfTile = ROW_BLOCKS * kTokenBlocks;  // an MMA's 16 columns of D and 8 rows
 constexpr int kSumLanes = larger(1, kTokens / 2);        // of four, that have sums of tokens which others have not
 constexpr int kPartBytes = 128 * kSumLanes, kTileBytes = kPartsOfTile * kPartBytes;
+// Tiles whose sums are held at once, half of them being added up, where one group and one CTA have all steps of many.
+constexpr i32 kSlots = kGroups == 1 && SPLIT == 1 ? larger(2, 65536 / (WARPS * kTileBytes)) : 1 << 30;
 static_assert(WARPS % WARPS_K == 0 && (SPLIT == 1 || PARTS == 1));
 
 // Activations ---------------------------------------------------------------------------------------------------------------------
@@ -182,10 +184,11 @@ struct Runs {
     i32 most;               // the most of them that a group has a part of
     u32 sums, mail;         // in shared memory: [groups][most][WARPS_K] tiles; [tiles that this CTA stores][SPLIT]
     int rank;
+    i32 from = 0, to = 0, base = 0;  // tiles of this turn; base: one group's tile that would have the first slot
 
     __device__ __forceinline__ u32 own() const { return (at.g * kSumLanes + at.t % kSumLanes) * 16; }
     __device__ __forceinline__ u32 place(int group, i32 i) const {  // of the sums of its first warp
-        const i32 before = kGroups > 1 && run > 0 ? group * run / at.steps : 0;
+        const i32 before = kGroups == 1 ? base : run > 0 ? group * run / at.steps : 0;
         return sums + (group * most + i - before) * (WARPS_K * kTileBytes) + own();
     }
     __device__ __forceinline__ u32 letter(i32 i, int from) const { return mail + (i / SPLIT * SPLIT + from) * kTileBytes + own(); }
@@ -201,16 +204,19 @@ struct Runs {
                             __float_as_uint(s[3]));
         }
     }
-    // Parts of tiles, which warps take in turn.
-    __device__ __forceinline__ void meet(int warp) const {
-        const i32 parts = count * kPartsOfTile;
-        Factors factors;
-        if (SPLIT == 1 && warp < parts) factors.load(args, at, first + warp / kPartsOfTile, warp % kPartsOfTile);
+    // Ahead of the sums: what scales the first part that this warp will store.
+    __device__ __forceinline__ void load(Factors& factors, int warp) const {
+        const i32 i = SPLIT > 1 ? warp / kPartsOfTile * SPLIT + rank : from + warp / kPartsOfTile;
+        if (i < (SPLIT > 1 ? count : to)) factors.load(args, at, first + i, warp % kPartsOfTile);
+    }
+    // Parts of tiles of this turn, which warps take in turn.
+    __device__ __forceinline__ void meet(Factors& factors, int warp) const {
+        const i32 parts = (to - from) * kPartsOfTile;
         __syncthreads();  // all have left their sums
         delay();
 #pragma unroll 1
         for (i32 number = warp; number < parts; number += WARPS) {
-            const i32 i = number / kPartsOfTile, part = number % kPartsOfTile, begin = i * at.steps;
+            const i32 i = from + number / kPartsOfTile, part = number % kPartsOfTile, begin = i * at.steps;
             const i32 from = kGroups > 1 && run > 0 ? begin / run : 0, to = kGroups > 1 && run > 0 ? (begin + at.steps - 1) / run : 0;
             if (SPLIT == 1 && number != warp) factors.load(args, at, first + i, part);
             float total[4] = {};
@@ -225,11 +231,9 @@ struct Runs {
         }
     }
     // Sums of CTAs.
-    __device__ __forceinline__ void open_mail(int warp) const {
+    __device__ __forceinline__ void open_mail(Factors& factors, int warp) const {
         const i32 parts = count > rank ? ((count - 1 - rank) / SPLIT + 1) * kPartsOfTile : 0;
         const auto tile = [&](i32 number) { return number / kPartsOfTile * SPLIT + rank; };
-        Factors factors;
-        if (warp < parts) factors.load(args, at, first + tile(warp), warp % kPartsOfTile);
         delay();
         cluster_arrive();
         cluster_wait();
@@ -256,12 +260,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
     const int warp = threadIdx.x / 32, rank = SPLIT > 1 ? cluster_rank() : blockIdx.x % PARTS;
     const i32 number = blockIdx.x / kCuts;
     const bool one = gridDim.x == args.clusters * kCuts && args.grouped == 0;  // matrix and piece: no divisions then
-    const i32 pieces = one ? 1 : gridDim.x / kCuts / args.clusters, cluster = one ? number : number / pieces;
+    const i32 pieces = one ? 1 : gridDim.x / kCuts / args.clusters, cluster = one            ? number
+                                                                              : args.grouped ? number % args.clusters
+                                                                                             : number / pieces;
     const i32 all = ceil_div(args.k, kStepValues), each = ceil_div(all, kCuts);  // steps of a row; of a CTA
     Place at;
     at.lane = threadIdx.x % 32, at.g = at.lane / 4, at.t = at.lane % 4;
     at.first_step = rank * each, at.steps = larger(smaller(each, all - at.first_step), 0);
-    at.work = one ? Work{0, args.m, 0, 0, 0, 0, 0, true} : rows_of(args, number % pieces);
+    at.work = one ? Work{0, args.m, 0, 0, 0, 0, 0, true} : rows_of(args, args.grouped ? number / args.clusters : number % pieces);
     const i32 tiles = ceil_div(args.n, kRows), tiles_each = ceil_div(tiles, args.clusters), first = cluster * tiles_each;
     const i32 count = at.work.any ? larger(0, smaller(tiles_each, tiles - first)) : 0;
     const i32 steps = larger(at.steps, 1), total = count * at.steps, run = ceil_div(total, kGroups);
@@ -273,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
     for (; walk.step >= steps; walk.step -= steps) ++walk.tile;
 
     // Shared memory: A, sums of warps, sums of CTAs, the rings.
-    const i32 most = ceil_div(tiles_each, kGroups) + (kGroups > 1);
+    const i32 most = kGroups == 1 ? smaller(tiles_each, kSlots) : ceil_div(tiles_each, kGroups) + 1;
     const u32 activations = shared_address(shared_bytes), sums = activations + each * kStepBytes, mail = sums + WARPS * most * kTileBytes,
               rings = mail + (SPLIT > 1 ? ceil_div(tiles_each, SPLIT) * SPLIT * kTileBytes : 0);
     Fetch fetch(args, at, walk, rings + warp * STAGES * kStageBytes);
@@ -306,7 +312,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
     cluster_wait();
 #endif
 
-    const Runs runs = {args, at, first, count, run, most, sums, mail, rank};
+    Runs runs = {args, at, first, count, run, most, sums, mail, rank};
+    const i32 turn = most < tiles_each && kGroups == 1 ? most / 2 : count;  // tiles
+    runs.to = smaller(turn, count);
+    Factors factors;
+    runs.load(factors, warp);
     const Reads reads(at);
     u32 stage = fetch.ring;
 #pragma unroll 1
@@ -316,11 +326,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
         multiply_tile(sum, at, fetch, reads, first + i, step, here, stage, activations);
         delay();
         runs.leave(sum, i, warp);
+        if (kSlots < 1 << 30 && i + 1 == runs.to && runs.to < count) {  // who has met now is done with the other half of the slots
+            runs.meet(factors, warp);
+            const i32 half = turn - (runs.from - runs.base);
+            runs.from = runs.to, runs.to = smaller(runs.to + turn, count), runs.base = runs.from - half;
+            runs.load(factors, warp);
+        }
         left -= here, step += here * WARPS_K - at.steps;
     }
     copy_async_wait<0>();
-    runs.meet(warp);
+    runs.meet(factors, warp);
 #if SPLIT > 1
-    runs.open_mail(warp);
+    runs.open_mail(factors, warp);
 #endif
 }

@@ -84,7 +84,7 @@ _CONVERT_NS = 3.0
 _BLOCK_NS, _BLOCK_SUMS_NS = 13.4, 5.4
 """More where floats scale sums of 128: always, and by the square of 8s of rows."""
 _MULTIPLY_NS = 3.1
-_APART = 0.07
+_APART = 0.13
 """How much longer memory takes for lines that are read one by one, in place of `warps_k` neighbours at a time."""
 _LATENCY = 8.6
 """How much longer a warp takes for a step, which it does not share with others."""
@@ -244,7 +244,10 @@ def _smem(problem: Problem, config: Config, tiles: int = 0) -> int:
     """A, sums of warps, sums of CTAs, rings; `tiles`: of a cluster, if not its own."""
     sums = config.row_blocks * ceil_div(config.tokens, 8) * 128 * max(1, min(config.tokens, 8) // 2)
     each, groups = tiles or ceil_div(_tiles(problem, config), config.clusters), config.warps // config.warps_k
-    meet = config.warps * (ceil_div(each, groups) + (groups > 1)) * sums
+    slots = ceil_div(each, groups) + 1
+    if groups == 1:  # `kSlots` of the kernel
+        slots = each if config.split > 1 else min(each, max(2, (64 << 10) // (config.warps * sums)))
+    meet = config.warps * slots * sums
     mail = ceil_div(each, config.split) * config.split * sums if config.split > 1 else 0
     rings = config.warps * config.stages * config.row_blocks * few_rows.stage_bytes(problem)
     return _rows_bytes(problem, config) + meet + mail + rings

@@ -52,7 +52,7 @@ _RINGS = ((4, 8), (4, 4), (3, 8), (3, 4), (4, 2), (3, 2), (2, 2))
 """`stages`, `x_stages`: the first that fits."""
 
 # What follows is fitted to recorded times of 144 problems of 8 to 128 rows (docs/benchmarks/swap_ab_configs.json); the choice among all
-# kernels that it leads to is within 5 % of the best on 129 of them. What a step costs an SM, in ns on an H100 at 1.98 GHz: to decode 64
+# kernels that it leads to is within 5 % of the best on 133 of them. What a step costs an SM, in ns on an H100 at 1.98 GHz: to decode 64
 # columns, for their products with 8 rows and 64 k, and to bring such rows.
 _DECODE_NS = {16: 31.5, 8: 81.4, 4: 93.5}
 """By bits of a weight: bf16, e4m3 to fp16, nvfp4 to bf16."""
