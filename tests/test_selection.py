@@ -206,7 +206,7 @@ def test_more_work_is_never_predicted_faster(device: Device, pair: tuple[str, st
         assert grows([best(m=m, k=k) for k in (64, 512, 4096, 16384)])
         assert best(m=m, batch=1) <= best(m=m, batch=8) * ROUNDING
     by_m = [best(m=m) for m in BUCKETS]
-    assert grows(by_m, 1.01), by_m  # other m have other candidates
+    assert grows(by_m, 1.02), by_m  # other m have other candidates
 
 
 def test_every_candidate_is_priced_monotonically() -> None:

@@ -14,6 +14,8 @@ from cugemm.problem import GemmCall, Problem
 from cugemm.scales import ceil_div
 
 _LEAST_ROWS, _MOST_ROWS = 9, 256
+_MOST_ROWS_OF_BLOCKS = 128
+"""Where floats scale sums of 128 along k: few rows are held at once, and weights decoded again for each of so many."""
 _COLUMNS = 64
 """Weight rows of a warpgroup."""
 
@@ -83,7 +85,8 @@ class SwapAB:
             return "adds up in another order for another m"
         if few_rows.rows(problem) < _LEAST_ROWS and problem.backend == "auto":
             return f"leaves fewer than {_LEAST_ROWS} rows to skinny, which was as fast or faster wherever both were timed"
-        return few_rows.refuse(problem, _MOST_ROWS)
+        blocks = problem.scale_block and problem.backend == "auto"
+        return few_rows.refuse(problem, _MOST_ROWS_OF_BLOCKS if blocks else _MOST_ROWS)
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
         rows = max(8, 1 << (few_rows.rows(problem) - 1).bit_length())
