@@ -217,11 +217,12 @@ struct Runs {
 #pragma unroll 1
         for (i32 number = warp; number < parts; number += WARPS) {
             const i32 i = from + number / kPartsOfTile, part = number % kPartsOfTile, begin = i * at.steps;
-            const i32 from = kGroups > 1 && run > 0 ? begin / run : 0, to = kGroups > 1 && run > 0 ? (begin + at.steps - 1) / run : 0;
+            const bool several = kGroups > 1 && run > 0;
+            const i32 last = several ? (begin + at.steps - 1) / run : 0;  // of the groups that have some of it
             if (SPLIT == 1 && number != warp) factors.load(args, at, first + i, part);
             float total[4] = {};
 #pragma unroll 1
-            for (int group = from; group <= to; ++group) {
+            for (int group = several ? begin / run : 0; group <= last; ++group) {
                 if (run > 0) add_up(total, place(group, i) + part * kPartBytes, WARPS_K, kTileBytes);
             }
             if constexpr (SPLIT == 1)
@@ -260,9 +261,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, MIN_CTAS)
     const int warp = threadIdx.x / 32, rank = SPLIT > 1 ? cluster_rank() : blockIdx.x % PARTS;
     const i32 number = blockIdx.x / kCuts;
     const bool one = gridDim.x == args.clusters * kCuts && args.grouped == 0;  // matrix and piece: no divisions then
-    const i32 pieces = one ? 1 : gridDim.x / kCuts / args.clusters, cluster = one            ? number
-                                                                              : args.grouped ? number % args.clusters
-                                                                                             : number / pieces;
+    // CTAs that read the same weights have neighbouring numbers. Of segments, some pieces have no rows: those come last.
+    const i32 pieces = one || args.grouped ? 1 : gridDim.x / kCuts / args.clusters;
+    const i32 cluster = one ? number : args.grouped ? number % args.clusters : number / pieces;
     const i32 all = ceil_div(args.k, kStepValues), each = ceil_div(all, kCuts);  // steps of a row; of a CTA
     Place at;
     at.lane = threadIdx.x % 32, at.g = at.lane / 4, at.t = at.lane % 4;

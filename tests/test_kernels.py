@@ -199,7 +199,7 @@ FEW_ROWS = {
 }
 """Kernel, axes of its configs, and two that go together."""
 MOST_FEW_ROWS = 70
-FEW_ROWS_MKS = tuple(itertools.product((1, 2, 4, 8, 16, 32, 64), (256, 2048, 7168, 14336)))
+FEW_ROWS_MKS = tuple(itertools.product((1, 2, 4, 8, 16, 32, 64, 128), (256, 2048, 7168, 14336)))
 
 
 def few_rows_choices(name: str, target: str) -> Iterator[list[tuple[Problem, Any]]]:
