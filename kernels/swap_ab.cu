@@ -16,10 +16,14 @@
 
 constexpr int kConsumers = 4 * WARPGROUPS, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
 constexpr int kGroups = WARPGROUPS / WARPS_K;
+// Of a thread: what producers do not need of those that the CTA gets is given to those who multiply.
+constexpr bool kShift = WARPGROUPS > 2;
+constexpr int kRegisters = 65536 / kThreads / 8 * 8, kProducerRegisters = WARPGROUPS > 3 ? 64 : 80;
+constexpr int kConsumerRegisters = kRegisters + (kRegisters - kProducerRegisters) / WARPGROUPS / 8 * 8;
 constexpr int kCoreBytes = TOKENS * 16 + 16;              // 8 values along k of all tokens, and what spreads them over banks
 constexpr int kStepBytes = kStepValues / 8 * kCoreBytes;  // of A
 constexpr int kSources = SPLIT * WARPS_K;                 // of the sums of each part: 16 columns and 8 rows of D
-constexpr int kRounds = TOKENS > 64 ? 2 : 1, kBlocks = kTokenBlocks / kRounds;  // of 8 tokens, whose sums are exchanged at a time
+constexpr int kRounds = kGroups * TOKENS > 128 ? 2 : 1, kBlocks = kTokenBlocks / kRounds;  // of 8 tokens, whose sums are exchanged at a time
 constexpr int kMail = (4 * kGroups * kBlocks + SPLIT - 1) / SPLIT * kSources * 512;
 static_assert(TOKENS % 8 == 0 && WARPGROUPS % WARPS_K == 0);
 
@@ -55,7 +59,7 @@ struct Producer {
         smaller(kProducers, larger(1, kTokenBlocks* kUnits / 2) < kTokenBlocks ? larger(1, kTokenBlocks* kUnits / 2)
                                                                                : kTokenBlocks);  // warps that share a step
     static constexpr int kWarpTokens = TOKENS / kTeam;
-    static constexpr int kCopies = kWarpTokens * kPieces / 32, kCopyTokens = 32 / kPieces;   // of a lane, and tokens of each
+    static constexpr int kCopies = larger(1, kWarpTokens / 4), kLines = kPieces / 8;  // of a lane: every fourth token, 8th piece
     static constexpr int kTasks = kWarpTokens * 2 * kUnits, kEach = larger(1, kTasks / 32);  // of a warp, and of a lane
     // Each slot has one team that fills it, and in a tile one warpgroup of WARPS_K that reads it: phases of one parity are never mistaken.
     // From tile to tile the reader may change, but tiles of several warpgroups meet in the mail.
@@ -67,7 +71,7 @@ struct Producer {
     bool pieces;
     int lane, first;         // the warp's first token
     const u8* row[kCopies];  // where its copies begin in the first step; null: no row
-    u32 place;               // of the first copy
+    u32 place, second;       // of the first copy, and of the one 8 pieces on
     int unit, token;         // of the first task; token counts from `first`
     u32 task, swapped;       // its place, and how far from its own places its first two pieces lie
 
@@ -77,17 +81,18 @@ struct Producer {
           first(warp % kTeam * kWarpTokens),
           unit(lane / 8 % (2 * kUnits)),
           token(lane % 8 + lane / (16 * kUnits) * 8) {
-        const int piece = lane % kPieces;
+        const int piece = lane % 8;
         pieces = args.a_k == 1 && args.k % 8 == 0 && (args.a | (args.a_row | at.work.batch * args.a_batch) * kRowValueBytes) % 16 == 0;
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) {
-            const u8* p = row_of(at, first + i * kCopyTokens + lane / kPieces);
+            const u8* p = row_of(at, first + i * 4 + lane / 8);
             row[i] = p ? p + piece * 8 * kRowValueBytes : nullptr;
         }
         // Pieces lie where the lane that arranges them expects those of chunk t, but for every second two units of four, which swap theirs:
         // with kCoreBytes as it is, those of a line are in different banks then.
         const int own = piece / (4 * kUnits) * kUnits + piece % kUnits, t = piece / kUnits % 4;
-        place = (own * 4 + (t ^ (kUnits == 4 ? own & 2 : 0))) * kCoreBytes + (first + lane / kPieces) * 16;
+        place = (own * 4 + (t ^ (kUnits == 4 ? own & 2 : 0))) * kCoreBytes + (first + lane / 8) * 16;
+        second = kUnits == 4 && own & 2 ? place - 2 * kCoreBytes : place + 2 * kCoreBytes;
         task = unit * 4 * kCoreBytes + (first + token) * 16;
         swapped = kUnits == 4 && unit & 2 ? 2 * kCoreBytes : 0;
     }
@@ -102,12 +107,19 @@ struct Producer {
     __device__ __forceinline__ bool whole(i32 k) const { return pieces && k + kStepValues <= args.k; }
     __device__ __forceinline__ bool idle() const { return kTasks < 32 && lane >= kTasks; }
 
+    // Where piece lane % 8 + 8 j of the lane's first token goes.
+    __device__ __forceinline__ u32 line(int j) const {
+        if constexpr (kUnits < 4) return place + j * (8 * kCoreBytes);
+        return (j % 2 ? second : place) + j / 2 * (16 * kCoreBytes);
+    }
     // The whole step that begins at k.
     __device__ __forceinline__ void fetch(i32 k, u32 to) const {
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) {
-            if (row[i])  // else whatever is multiplied there is not stored
-                copy_async<8 * kRowValueBytes>(to + place + i * kCopyTokens * 16, row[i] + k * kRowValueBytes);
+            if (row[i] == nullptr) continue;  // whatever is multiplied there is not stored
+#pragma unroll
+            for (int j = 0; j < kLines; ++j)
+                copy_async<8 * kRowValueBytes>(to + line(j) + i * 64, row[i] + (k + j * 64) * kRowValueBytes);
         }
     }
     __device__ __forceinline__ void arrange(u32 to) const {
@@ -187,7 +199,7 @@ __device__ __forceinline__ void produce(const Args& args, const Seat& at, const 
 // Main loop -----------------------------------------------------------------------------------------------------------------------
 
 constexpr int kProducts = 2 * kUnits;          // of half a step
-constexpr int kBuffers = TOKENS > 64 ? 1 : 2;  // of fragments: many sums leave no registers for another
+constexpr int kBuffers = TOKENS > 64 || WARPGROUPS > 3 ? 1 : 2;  // of fragments: many sums leave no registers for another
 using Fragments = u32[kProducts][4];
 
 template <int kUnit>
@@ -235,16 +247,10 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Seat& at, Fetch& 
         Chunk raw[2][2];
         u32 scale[2][2][2] = {};
 #pragma unroll
-        for (int c = 0; c < 2; ++c) reads.load(raw[c], scale[c], stage, c);
+        for (int c = 0; c < kBuffers; ++c) reads.load(raw[c], scale[c], stage, c);
+        const u32 here = stage;
         stage = stage == fetch.ring + (STAGES - 1) * kStageBytes ? fetch.ring : stage + kStageBytes;
         fetch.next();
-        if constexpr (kLookForNan) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                nan[i / 4] |= nan_codes(raw[0][i / 4].word[i % 4]);
-                nan[i / 4] |= nan_codes(raw[1][i / 4].word[i % 4]);
-            }
-        }
         const i32 step = round * WARPS_K + at.warp_k;
         if constexpr (SCALE_BLOCK != 0) block.load(fetch.args, at.first_step + step);
         if (step >= at.steps) continue;  // other warpgroups, or CTAs, have one step more
@@ -252,6 +258,11 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Seat& at, Fetch& 
         Sums part = {};
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
+            if (c >= kBuffers) reads.load(raw[c], scale[c], here, c);
+            if constexpr (kLookForNan) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) nan[i / 4] |= nan_codes(raw[c][i / 4].word[i % 4]);
+            }
             decode_units<0>(f[c % kBuffers], raw[c], scale[c]);  // the second half while the first is multiplied, if there is room
             delay();
             if (c == 0) mbarrier_wait(shared.full(slot), shared.parity(number + step));
@@ -450,8 +461,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     cluster_arrive();  // nobody writes to a CTA that has not begun
 #endif
     if (warp < kConsumers) {
+        if constexpr (kShift) more_registers<kConsumerRegisters>();
         consume(args, at, shared, warp, rank, turns);
     } else {
+        if constexpr (kShift) fewer_registers<kProducerRegisters>();
         wait_for_predecessor();
         __syncthreads();
         produce(args, at, shared, warp - kConsumers, turns);

@@ -48,7 +48,7 @@ class Config(NamedTuple):
         )
 
 
-_SHAPES = ((2, 1, 1), (2, 2, 1), (4, 4, 1), (2, 1, 2), (2, 2, 2), (2, 1, 4), (2, 2, 4), (3, 1, 4), (4, 1, 4), (2, 2, 8))
+_SHAPES = ((4, 1, 1), (4, 2, 1), (4, 2, 2), (4, 1, 2), (4, 4, 2), (4, 2, 4), (4, 1, 8), (2, 1, 1), (2, 2, 1), (4, 4, 1), (2, 1, 2), (2, 2, 2), (2, 1, 4), (2, 2, 4), (3, 1, 4), (4, 1, 4), (2, 2, 8))
 """`warpgroups`, `warps_k`, `split`."""
 _RINGS = ((4, 8), (4, 4), (3, 8), (3, 4), (4, 2), (3, 2), (2, 2))
 """`stages`, `x_stages`: the first that fits."""
@@ -127,7 +127,8 @@ class SwapAB:
 def smem(problem: Problem, config: Config) -> int:
     """`Shared` of the kernel: barriers, steps of A, sums, rings."""
     steps = config.x_stages * few_rows.chunk(problem) * 16 * (config.tokens + 1)
-    parts = config.columns // 16 * (min(config.tokens, 64) // 8)
+    groups = config.warpgroups // config.warps_k
+    parts = 4 * groups * (config.tokens // 8) // (2 if groups * config.tokens > 128 else 1)
     mail = ceil_div(parts, config.split) * config.split * config.warps_k * 512
     rings = 4 * config.warpgroups * config.stages * few_rows.stage_bytes(problem)
     return ceil_div(16 * config.x_stages + 16, 128) * 128 + steps + mail + rings
@@ -140,11 +141,11 @@ def _fits(problem: Problem, config: Config) -> bool:
 def _most_tokens(problem: Problem, warpgroups: int, warps_k: int) -> int:
     """That leave registers for so many warpgroups (what the compiler says), and are worth it; 0: none do."""
     bits = 128 // few_rows.chunk(problem)
-    if warpgroups > 2 and (bits == 4 or problem.scale_block):
+    if warpgroups > 2 and problem.scale_block:
         return 0
     if problem.scale_block:
         return 32 if bits == 8 and not gemm.computes_bf16(problem) else 16
-    return 128 if warpgroups == 2 and warps_k == 1 else 64 if warpgroups < 4 else 32 if bits == 16 else 16
+    return 128 if warpgroups == 2 and warps_k == 1 else 64
 
 
 def _clusters(problem: Problem, config: Config, device: Device) -> int:

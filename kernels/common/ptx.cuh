@@ -209,13 +209,10 @@ __device__ __forceinline__ u16 encode_e5m2_sm89(float low, float high) {
 }
 
 // Streams, clusters, launches that overlap (sm_90 and up: all but the copies and loads).
-__device__ __forceinline__ u64 evict_first() {
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-__device__ __forceinline__ void copy_async_16_streaming(u32 shared, const void* global, u32 valid, u64 policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global), "r"(valid), "l"(policy)
+// Lines are the first to leave L2. NOTE: the policy is what createpolicy.fractional.L2::evict_first gives on every target; as a constant it
+// stays out of the registers of threads.
+__device__ __forceinline__ void copy_async_16_streaming(u32 shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "l"(0x12F0000000000000ull)
                  : "memory");
 }
 // From here on x is in a register: the compiler does not compute it again wherever it is used.
@@ -313,6 +310,15 @@ __device__ __forceinline__ void mbarrier_wait_cluster(u32 barrier, u32 parity) {
 // touched between the fence before it and the wait behind it.
 __device__ __forceinline__ void fence_async_proxy() {  // what this thread has written to shared memory is there for products
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// Registers of each of this warpgroup's threads from here on, for all of its warps at once. Those of a CTA are shared out among its own.
+template <int kRegisters>
+__device__ __forceinline__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

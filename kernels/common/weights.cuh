@@ -135,14 +135,14 @@ struct Fetch {
     const Place& at;
     Walk walk;
     const u8 *weights, *scales;  // of this matrix
-    u64 policy;
     u32 ring, to;                   // the first stage, and the next to be filled
     u32 place, scale_place;         // of this lane's first copies in a stage
     i32 row_bytes, whole;           // steps before `whole` can be copied as they lie
     const u8* from;                 // this lane copies chunk lane % 8 of rows lane / 8 + 4 j,
     u32 down[kCopies];              // which lie so many 16-byte pieces further; those that are not there: the last one again
-    const u8* scale[kScaleCopies];  // and word t of the scales of rows g + 8 i
-    i64 eight_rows, next_scales;    // bytes from one of them to the next, and from step to step
+    const u8* scale;                // and word t of the scales of rows g + 8 i,
+    u32 scale_down[kScaleCopies];   // which lie so many bytes further
+    u32 next_scales;                // from step to step
 
     __device__ __forceinline__ Fetch(const Args& args, const Place& at, const Walk& walk, u32 ring)
         : args(args),
@@ -150,21 +150,17 @@ struct Fetch {
           walk(walk),
           weights(reinterpret_cast<const u8*>(args.b) + at.work.expert * args.b_batch * kBytes),
           scales(reinterpret_cast<const u8*>(args.b_scale) + at.work.expert * args.b_scales.matrix),
-          policy(evict_first()),
           ring(ring),
           to(ring),
           place(at.lane / 8 * 128 + (at.lane % 8 ^ at.lane / 8 % 2 * 4) * 16),  // rows lane / 8 + 4 j are odd together
           scale_place(128 * kRows + (at.g * kScaleWords + at.t) * 4),
           row_bytes(kPacked<B_ELEMENT> ? (args.k + 1) / 2 : args.k * kBytes),
           whole(scales_in_words() ? row_bytes / 128 - at.first_step : 0),
-          eight_rows(args.b_scales.tile_rows == 128 ? 8 * 16
-                     : args.b_scales.tile_rows == 8 ? args.b_scales.row
-                                                    : 8 * args.b_scales.row),
           next_scales(STEPS_APART * kScaleWords * word_bytes()) {
         whole = smaller(whole, at.steps);
 #pragma unroll
         for (int j = 0; j < kCopies; ++j) down[j] = 4 * j * (static_cast<u32>(args.b_column) * kBytes / 16);
-        hold(place), hold(scale_place);
+        hold(this->ring), hold(place), hold(scale_place), hold(next_scales);
         point();
     }
 
@@ -196,10 +192,12 @@ struct Fetch {
             const ScaleArgs& s = args.b_scales;
             const i32 column = smaller(walk.tile * kRows + at.g, args.n - 1), r = column + (s.place == 1 ? at.work.batch * args.n : 0);
             const i32 row_tile = s.tile_rows == 1 ? r : s.tile_rows == 128 ? r / 128 : r / 8;
+            const u32 eight_rows = s.tile_rows == 128 ? 8 * 16 : static_cast<u32>(s.row) * (s.tile_rows == 8 ? 1 : 8);
             const i32 inside = s.tile_rows == 1 ? 0 : s.tile_rows == 128 ? r % 32 * 16 + r % 128 / 32 * 4 : r % 8 * 4;
-            scale[0] = scales + row_tile * s.row + ((at.first_step + walk.step) * kScaleWords + at.t) * word_bytes() + inside;
+            scale = scales + row_tile * s.row + ((at.first_step + walk.step) * kScaleWords + at.t) * word_bytes() + inside;
 #pragma unroll
-            for (int i = 1; i < kScaleCopies; ++i) scale[i] = column + 8 * i < args.n ? scale[i - 1] + eight_rows : scale[i - 1];
+            for (int i = 0; i < kScaleCopies; ++i)
+                scale_down[i] = column + 8 * i < args.n ? i * eight_rows : i > 0 ? scale_down[i - 1] : 0;
         }
     }
     // The warp's first steps, to L2: lanes take steps in turn. Their scales come along with lines that others ask for.
@@ -219,10 +217,7 @@ struct Fetch {
             else
                 copy_end(walk.step < at.steps ? row_bytes - (at.first_step + walk.step) * 128 : 0);
             from += STEPS_APART * step_bytes();
-            if constexpr (kScaleWords != 0) {
-#pragma unroll
-                for (int i = 0; i < kScaleCopies; ++i) scale[i] += next_scales;
-            }
+            if constexpr (kScaleWords != 0) scale += next_scales;
             if (walk.next()) point();
             to = to == ring + (STAGES - 1) * kStageBytes ? ring : to + kStageBytes;
         }
@@ -230,11 +225,11 @@ struct Fetch {
     }
     __device__ __forceinline__ void copy_whole() {
 #pragma unroll
-        for (int j = 0; j < kCopies; ++j) copy_async_16_streaming(to + place + j * 512, from + static_cast<u64>(down[j]) * 16, 16, policy);
+        for (int j = 0; j < kCopies; ++j) copy_async_16_streaming(to + place + j * 512, from + static_cast<u64>(down[j]) * 16);
         if constexpr (kScaleWords != 0) {
 #pragma unroll
             for (int i = 0; i < kScaleCopies; ++i)
-                if (at.t < kScaleWords) copy_async<4>(to + scale_place + i * (32 * kScaleWords), scale[i]);
+                if (at.t < kScaleWords) copy_async<4>(to + scale_place + i * (32 * kScaleWords), scale + scale_down[i]);
         }
     }
     // The last step of a row, nothing, or scales that are not whole words: what does not exist becomes zeros.
@@ -255,7 +250,7 @@ struct Fetch {
                 if (at.t >= kScaleWords) continue;
                 u32 word = 0;
 #pragma unroll 1
-                for (int b = 0; b < bytes; ++b) word |= load_global_u8(scale[i] + b * apart) << (8 * b);
+                for (int b = 0; b < bytes; ++b) word |= load_global_u8(scale + scale_down[i] + b * apart) << (8 * b);
                 store_shared_u32(to + scale_place + i * (32 * kScaleWords), word);
             }
         }

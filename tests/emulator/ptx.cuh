@@ -238,9 +238,8 @@ inline u32 decode_e4m3_fp16(u16 codes) { return pack_fp16(emulator::fp8(codes & 
 inline u16 encode_e4m3_sm89(float low, float high) { return emulator::to_fp8(low, 4, 7) | emulator::to_fp8(high, 4, 7) << 8; }
 inline u16 encode_e5m2_sm89(float low, float high) { return emulator::to_fp8(low, 5, 15) | emulator::to_fp8(high, 5, 15) << 8; }
 
-inline u64 evict_first() { return 0; }
 inline void hold(u32&) {}
-inline void copy_async_16_streaming(u32 shared, const void* global, u32 valid, u64) { emulator::copy_async(shared, global, 16, valid); }
+inline void copy_async_16_streaming(u32 shared, const void* global) { emulator::copy_async(shared, global, 16, 16); }
 inline void prefetch_l2(const void*) {}
 template <int kBytes>
 void copy_async(u32 to, const void* from) {
@@ -300,6 +299,10 @@ inline void mbarrier_wait(u32 barrier, u32 parity) {
 inline void mbarrier_wait_cluster(u32 barrier, u32 parity) { mbarrier_wait(barrier, parity); }
 
 inline void fence_async_proxy() { emulator::show_stores(); }
+template <int kRegisters>
+inline void more_registers() {}
+template <int kRegisters>
+inline void fewer_registers() {}
 inline void wgmma_fence() { emulator::self->fenced = true; }  // only its absence all along shows
 inline void wgmma_commit() { ++emulator::self->group; }
 template <int kPending>
