@@ -5,7 +5,7 @@
 //            barrier; up to 64 rows of A, while the first half of a step is multiplied the other one is decoded
 //   A        four warps bring rows of A for step after step, X_STAGES at once, and lay them down as decoded weights ask for
 //   k        SPLIT CTAs of a cluster cut k into runs of steps; in each, WARPS_K warpgroups take its steps in turn
-//   rows     WARPGROUPS / WARPS_K warpgroups take 64 weight rows each; clusters take tiles in turn
+//   rows     clusters have successive tiles of 16 columns, as many each: one for a warp, up to 4 WARPGROUPS / WARPS_K at a time
 //   sums     that several warpgroups have are mailed, part by part, to the warp that stores the part, which adds them up in one order
 //   launch   may begin before its predecessor has ended: weights are prefetched or loaded then, everything else waits
 //
@@ -23,15 +23,16 @@ constexpr int kConsumerRegisters = kRegisters + (kRegisters - kProducerRegisters
 constexpr int kCoreBytes = TOKENS * 16 + 16;              // 8 values along k of all tokens, and what spreads them over banks
 constexpr int kStepBytes = kStepValues / 8 * kCoreBytes;  // of A
 constexpr int kSources = SPLIT * WARPS_K;                 // of the sums of each part: 16 columns and 8 rows of D
-constexpr int kRounds = kGroups * TOKENS > 128 ? 2 : 1, kBlocks = kTokenBlocks / kRounds;  // of 8 tokens, whose sums are exchanged at a time
+constexpr int kRounds = kGroups * TOKENS > 128 ? 2 : 1,
+              kBlocks = kTokenBlocks / kRounds;  // of 8 tokens, whose sums are exchanged at a time
 constexpr int kMail = (4 * kGroups * kBlocks + SPLIT - 1) / SPLIT * kSources * 512;
 static_assert(TOKENS % 8 == 0 && WARPGROUPS % WARPS_K == 0);
 
 // Where a warp is in its CTA, and what it does there.
 struct Seat : Place {
     int warp_k, group;
-    i32 rounds;               // steps of a tile for a warpgroup, some of which may not exist
-    i32 tile, tiles, stride;  // the first one, all of them, and from one of its tiles to the next
+    i32 rounds;             // steps of a tile for a warpgroup, some of which may not exist
+    i32 begin, end, width;  // tiles of the CTA, and how many of them it takes at a time
 };
 
 // Where things are in shared memory, and the steps of A in it.
@@ -59,7 +60,7 @@ struct Producer {
         smaller(kProducers, larger(1, kTokenBlocks* kUnits / 2) < kTokenBlocks ? larger(1, kTokenBlocks* kUnits / 2)
                                                                                : kTokenBlocks);  // warps that share a step
     static constexpr int kWarpTokens = TOKENS / kTeam;
-    static constexpr int kCopies = larger(1, kWarpTokens / 4), kLines = kPieces / 8;  // of a lane: every fourth token, 8th piece
+    static constexpr int kCopies = larger(1, kWarpTokens / 4), kLines = kPieces / 8;         // of a lane: every fourth token, 8th piece
     static constexpr int kTasks = kWarpTokens * 2 * kUnits, kEach = larger(1, kTasks / 32);  // of a warp, and of a lane
     // Each slot has one team that fills it, and in a tile one warpgroup of WARPS_K that reads it: phases of one parity are never mistaken.
     // From tile to tile the reader may change, but tiles of several warpgroups meet in the mail.
@@ -118,8 +119,7 @@ struct Producer {
         for (int i = 0; i < kCopies; ++i) {
             if (row[i] == nullptr) continue;  // whatever is multiplied there is not stored
 #pragma unroll
-            for (int j = 0; j < kLines; ++j)
-                copy_async<8 * kRowValueBytes>(to + line(j) + i * 64, row[i] + (k + j * 64) * kRowValueBytes);
+            for (int j = 0; j < kLines; ++j) copy_async<8 * kRowValueBytes>(to + line(j) + i * 64, row[i] + (k + j * 64) * kRowValueBytes);
         }
     }
     __device__ __forceinline__ void arrange(u32 to) const {
@@ -198,15 +198,17 @@ __device__ __forceinline__ void produce(const Args& args, const Seat& at, const 
 
 // Main loop -----------------------------------------------------------------------------------------------------------------------
 
-constexpr int kProducts = 2 * kUnits;          // of half a step
-constexpr int kBuffers = TOKENS > 64 || WARPGROUPS > 3 ? 1 : 2;  // of fragments: many sums leave no registers for another
+// A step is decoded and multiplied piece by piece. One is decoded while another is multiplied, unless many sums leave no registers for it.
+constexpr int kPieces = kUnits > 1 ? 4 : 2, kPieceUnits = 2 * kUnits / kPieces, kProducts = 2 * kPieceUnits;
+constexpr int kBuffers = WARPGROUPS > 3 && kUnits == 4 ? 1 : 2;
+constexpr int kEarly = WARPGROUPS > 3 ? 1 : 2;  // halves of a step that are loaded at its beginning
 using Fragments = u32[kProducts][4];
 
-template <int kUnit>
+template <int kUnit, int kCount = kPieceUnits>
 __device__ __forceinline__ void decode_units(Fragments& f, const Chunk (&raw)[2], const u32 (&scale)[2][2]) {
-    constexpr int kBlock = kScaleOfUnit<kUnit>;
-    decode_fragments<kUnit>(raw[0], raw[1], scale[0][kBlock], scale[1][kBlock], f[2 * kUnit], f[2 * kUnit + 1]);
-    if constexpr (kUnit + 1 < kUnits) decode_units<kUnit + 1>(f, raw, scale);
+    constexpr int kBlock = kScaleOfUnit<kUnit>, kTo = 2 * (kPieceUnits - kCount);
+    decode_fragments<kUnit>(raw[0], raw[1], scale[0][kBlock], scale[1][kBlock], f[kTo], f[kTo + 1]);
+    if constexpr (kCount > 1) decode_units<kUnit + 1, kCount - 1>(f, raw, scale);
 }
 
 // NOTE: the compiler takes registers for free that a product still reads, and copies sums ahead of the wait, unless they are used behind it.
@@ -219,7 +221,7 @@ __device__ __forceinline__ void keep(Sums& sum) {
     for (int i = 0; i < kTokenBlocks * 4; ++i) wgmma_keep(sum[0][i / 4][i % 4]);
 }
 
-// Begins the products of half a step; x: its rows of A.
+// Begins the products of a piece; x: its rows of A.
 __device__ __forceinline__ void multiply(Sums& sum, const Fragments& f, u32 x) {
     const u64 first = matrix_descriptor(x, kCoreBytes, 128);
     wgmma_fence();
@@ -234,7 +236,8 @@ __device__ __forceinline__ void multiply(Sums& sum, const Fragments& f, u32 x) {
     wgmma_commit();
 }
 
-// Sums of one tile over this warpgroup's steps. `number`: of the tile's first step.
+// Sums of one tile over this warpgroup's steps. `number`: of the tile's first step. A warp without a tile
+// multiplies what happens to be there.
 __device__ __forceinline__ void multiply_tile(Sums& sum, const Seat& at, Fetch& fetch, const Reads& reads, const Shared& shared, i32 tile,
                                               u32& stage, u32 number) {
     u32 nan[2] = {};
@@ -242,41 +245,51 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Seat& at, Fetch& 
     Fragments f[kBuffers];
 #pragma unroll 1
     for (i32 round = 0; round < at.rounds; ++round) {
+        const i32 step = round * WARPS_K + at.warp_k;
+        const u32 here = stage;
+        Chunk raw[kEarly][2];
+        u32 scale[kEarly][2][2] = {};
         copy_async_wait<STAGES - 2>();
         __syncwarp();  // lanes read what others fetched, and all are done with the stage that is filled next
-        Chunk raw[2][2];
-        u32 scale[2][2][2] = {};
 #pragma unroll
-        for (int c = 0; c < kBuffers; ++c) reads.load(raw[c], scale[c], stage, c);
-        const u32 here = stage;
-        stage = stage == fetch.ring + (STAGES - 1) * kStageBytes ? fetch.ring : stage + kStageBytes;
+        for (int c = 0; c < kEarly; ++c) reads.load(raw[c], scale[c], here, c);
+        stage = here == fetch.ring + (STAGES - 1) * kStageBytes ? fetch.ring : here + kStageBytes;
         fetch.next();
-        const i32 step = round * WARPS_K + at.warp_k;
         if constexpr (SCALE_BLOCK != 0) block.load(fetch.args, at.first_step + step);
         if (step >= at.steps) continue;  // other warpgroups, or CTAs, have one step more
         const u32 slot = shared.slot(number + step), x = shared.x + slot * kStepBytes;
         Sums part = {};
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            if (c >= kBuffers) reads.load(raw[c], scale[c], here, c);
+        for (int p = 0; p < kPieces; ++p) {
+            const int c = p * 2 / kPieces;  // the half that it belongs to
+            const bool first = p % (kPieces / 2) == 0, last = p % (kPieces / 2) == kPieces / 2 - 1;
+            if (p >= kBuffers) {
+                wgmma_wait<kBuffers - 1>();
+                keep(f[p % kBuffers]);
+            }
+            if (first && c >= kEarly) reads.load(raw[0], scale[0], here, c);
+            const Chunk(&chunk)[2] = raw[c % kEarly];
             if constexpr (kLookForNan) {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) nan[i / 4] |= nan_codes(raw[c][i / 4].word[i % 4]);
+                for (int i = 0; first && i < 8; ++i) nan[i / 4] |= nan_codes(chunk[i / 4].word[i % 4]);
             }
-            decode_units<0>(f[c % kBuffers], raw[c], scale[c]);  // the second half while the first is multiplied, if there is room
+            if (first)
+                decode_units<0>(f[p % kBuffers], chunk, scale[c % kEarly]);
+            else
+                decode_units<kUnits - kPieceUnits>(f[p % kBuffers], chunk, scale[c % kEarly]);
             delay();
-            if (c == 0) mbarrier_wait(shared.full(slot), shared.parity(number + step));
-            multiply(SCALE_BLOCK == 0 ? sum : part, f[c % kBuffers], x + c * kProducts * 2 * kCoreBytes);
-            if (c == 0 && kParts == 1 && kBuffers == 2) continue;
+            if (p == 0) mbarrier_wait(shared.full(slot), shared.parity(number + step));
+            multiply(SCALE_BLOCK == 0 ? sum : part, f[p % kBuffers], x + p * kProducts * 2 * kCoreBytes);
+            if (p < kPieces - 1 && !(last && kParts == 2)) continue;
             wgmma_wait<0>();
-            keep(f[0]);
-            if (c == 1) keep(f[kBuffers - 1]);
+#pragma unroll
+            for (int i = 0; i < kBuffers; ++i) keep(f[i]);
             if constexpr (SCALE_BLOCK == 0) {
                 keep(sum);
             } else {
                 keep(part);
                 if (c == 1 && kParts == 2 && ((at.first_step + step) * 2 + 1) * SCALE_BLOCK >= fetch.args.k) break;  // no block, no scale
-                if (c == 1 || kParts == 2) block.add(sum, part, c * (kParts - 1));
+                block.add(sum, part, c * (kParts - 1));
             }
         }
         delay();
@@ -325,11 +338,12 @@ struct Mail {
     static __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
         SPLIT > 1 ? mbarrier_wait_cluster(barrier, parity) : mbarrier_wait(barrier, parity);
     }
-    // number: of all rounds; round: of those of the tile.
-    __device__ __forceinline__ void send(const Sums& sum, i32 number, int round) const {
+    // number: of all rounds; round: of those of the tile; tiles: that the CTA has this time.
+    __device__ __forceinline__ void send(const Sums& sum, i32 number, int round, int tiles) const {
         if (kSources > 1 && number > 0) wait(shared.mail_empty(), number % 2 ^ 1);
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
+            if (at.group >= tiles) break;
             const int q = at.group * kBlocks + block;
             const float (&s)[4] = sum[0][round * kBlocks + block];
             if constexpr (SPLIT > 1)
@@ -349,10 +363,10 @@ struct Mail {
             mbarrier_arrive(barrier);
         }
     }
-    // first: number of the first of the CTA's tiles of 16 columns.
-    __device__ __forceinline__ void finish(const Args& args, i32 number, int round, i32 first) const {
+    // first: the first of those tiles.
+    __device__ __forceinline__ void finish(const Args& args, i32 number, int round, i32 first, int tiles) const {
         const int begin = kSources > 1 ? warp * SPLIT + rank : at.group * kBlocks;
-        const int end = kSources > 1 ? 4 * kGroups * kBlocks : begin + kBlocks;
+        const int end = kSources > 1 || at.group >= tiles ? tiles * kBlocks : begin + kBlocks;
         const auto column = [&](int q) { return (first + q / kBlocks) * 16 + at.t * 4; };
         Columns columns;
         columns.load(args, at.work.expert, column(begin));
@@ -396,8 +410,9 @@ struct Mail {
 // Kernel --------------------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void consume(const Args& args, const Seat& at, const Shared& shared, int warp, int rank, i32 turns) {
-    const i32 end = at.rounds * WARPS_K, turns_of_group = larger(0, ceil_div(at.tiles - at.tile, at.stride));
-    const Walk walk = {at.tile, at.warp_k, turns_of_group * at.rounds, end, at.stride};
+    const bool to_the_end = at.begin + (turns - 1) * at.width + at.group < at.end;  // has a tile each time, if at all
+    const i32 turns_of_group = at.group >= at.width ? 0 : larger(0, turns - !to_the_end);
+    const Walk walk = {at.begin + at.group, at.warp_k, turns_of_group * at.rounds, at.rounds * WARPS_K, at.width};
     Fetch fetch(args, at, walk, shared.rings + warp * STAGES * kStageBytes);
     const bool later = args.early == 1 || args.grouped != 0;
     if (args.early == 1) fetch.prefetch();
@@ -411,18 +426,19 @@ __device__ __forceinline__ void consume(const Args& args, const Seat& at, const 
 #endif
     const Reads reads(at);
     u32 stage = fetch.ring;
-    i32 tile = at.tile;
+    i32 first = at.begin;
 #pragma unroll 1
-    for (i32 turn = 0; turn < turns; ++turn, tile += at.stride) {
+    for (i32 turn = 0; turn < turns; ++turn, first += at.width) {
+        const int tiles = smaller(at.width, at.end - first);
         Sums sum = {};
-        multiply_tile(sum, at, fetch, reads, shared, tile, stage, turn * at.steps);
+        multiply_tile(sum, at, fetch, reads, shared, first + at.group, stage, turn * at.steps);
         const Mail mail{shared, at, warp, rank};
 #pragma unroll
         for (int round = 0; round < kRounds; ++round) {
             delay();
-            mail.send(sum, turn * kRounds + round, round);
+            mail.send(sum, turn * kRounds + round, round, tiles);
             delay();
-            mail.finish(args, turn * kRounds + round, round, tile - at.group);
+            mail.finish(args, turn * kRounds + round, round, first, tiles);
         }
     }
     copy_async_wait<0>();
@@ -439,14 +455,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const bool one = gridDim.x == args.clusters * SPLIT && args.grouped == 0;  // batch and piece: no divisions then
     const i32 cluster = one ? number : number % args.clusters;
     const i32 all = ceil_div(args.k, kStepValues), each = ceil_div(all, SPLIT);  // steps of a row; of a CTA
-    constexpr i32 kTiles = 4 * kGroups;                                          // of a CTA at once
+    constexpr i32 kTiles = 4 * kGroups;                                          // of a CTA at once, at most
     Seat at;
     at.lane = threadIdx.x % 32, at.g = at.lane / 4, at.t = at.lane % 4;
     at.warp_k = group % WARPS_K, at.group = group / WARPS_K * 4 + warp % 4;
     at.first_step = rank * each, at.steps = larger(smaller(each, all - at.first_step), 0), at.rounds = ceil_div(each, WARPS_K);
     at.work = one ? Work{0, args.m, 0, 0, 0, 0, 0, true} : rows_of(args, number / args.clusters);
-    at.tile = cluster * kTiles + at.group, at.tiles = at.work.any ? ceil_div(args.n, kRows) : 0, at.stride = args.clusters * kTiles;
-    const i32 turns = larger(0, ceil_div(ceil_div(at.tiles, kTiles) - cluster, args.clusters));
+    const i32 tiles = at.work.any ? ceil_div(args.n, kRows) : 0, share = ceil_div(tiles, args.clusters);
+    at.begin = cluster * share, at.end = smaller(at.begin + share, tiles);
+    at.width = share <= kTiles ? share : ceil_div(share, ceil_div(share, kTiles));
+    const i32 turns = at.begin >= at.end ? 0 : share <= kTiles ? 1 : ceil_div(at.end - at.begin, at.width);
     const Shared shared(shared_address(shared_bytes));
     if (threadIdx.x == 32 * kConsumers) {
         for (i32 slot = 0; slot < X_STAGES; ++slot) {

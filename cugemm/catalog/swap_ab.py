@@ -48,7 +48,10 @@ class Config(NamedTuple):
         )
 
 
-_SHAPES = ((4, 1, 1), (4, 2, 1), (4, 2, 2), (4, 1, 2), (4, 4, 2), (4, 2, 4), (4, 1, 8), (2, 1, 1), (2, 2, 1), (4, 4, 1), (2, 1, 2), (2, 2, 2), (2, 1, 4), (2, 2, 4), (3, 1, 4), (4, 1, 4), (2, 2, 8))
+_SHAPES = (
+    (2, 1, 1), (2, 2, 1), (4, 1, 1), (4, 2, 1), (4, 4, 1), (2, 1, 2), (2, 2, 2), (4, 1, 2), (4, 2, 2), (4, 4, 2), (2, 1, 4), (2, 2, 4),
+    (3, 1, 4), (4, 1, 4), (4, 2, 4), (2, 2, 8),
+)  # fmt: skip
 """`warpgroups`, `warps_k`, `split`."""
 _RINGS = ((4, 8), (4, 4), (3, 8), (3, 4), (4, 2), (3, 2), (2, 2))
 """`stages`, `x_stages`: the first that fits."""
@@ -101,13 +104,15 @@ class SwapAB:
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
         """What the busiest SM does, what its warpgroups wait for, and what memory brings, which overlap in part; and the launch."""
-        tiles, pieces = ceil_div(problem.n, config.columns), few_rows.pieces(problem, config.tokens)
-        turns = ceil_div(tiles, config.clusters)
+        pieces, share = few_rows.pieces(problem, config.tokens), ceil_div(ceil_div(problem.n, 16), config.clusters)
+        turns = ceil_div(share, config.columns // 16)
+        warps = ceil_div(share, turns) * config.warps_k  # that have a tile
         waves = ceil_div(config.clusters * pieces, _resident(config, device))
         rounds = ceil_div(ceil_div(ceil_div(problem.k, few_rows.step(problem)), config.split), config.warps_k)
 
         decode, values = _decode(problem), few_rows.chunk(problem) // 8 * (config.tokens // 8)
-        work = turns * rounds * (config.warpgroups * (decode + _MULTIPLY_NS * values) + config.warps_k * _BRING_NS * values)
+        multiply = config.warpgroups * _MULTIPLY_NS + config.warps_k * _BRING_NS
+        work = turns * rounds * (warps / 4 * decode + multiply * values)
         sums = _SUM_NS * config.warps_k * config.split * (config.tokens // 8)
         latency = turns * (rounds * _LATENCY * (decode + 4 * _MULTIPLY_NS * values) + _TILE_NS + sums)
         spent = waves * 1e-3 * _CALIBRATED_KHZ / device.clock_khz
@@ -149,7 +154,12 @@ def _most_tokens(problem: Problem, warpgroups: int, warps_k: int) -> int:
 
 
 def _clusters(problem: Problem, config: Config, device: Device) -> int:
-    return few_rows.clusters(problem, config.tokens, ceil_div(problem.n, config.columns), _resident(config, device))
+    """Of each row tile, which have as many tiles of 16 columns each; of segments, as many as could have tiles of all warpgroups."""
+    resident = _resident(config, device)
+    if problem.grouped:
+        return few_rows.clusters(problem, config.tokens, ceil_div(problem.n, config.columns), resident)
+    tiles = ceil_div(problem.n, 16)
+    return ceil_div(tiles, ceil_div(tiles, few_rows.clusters(problem, config.tokens, tiles, resident)))
 
 
 def _resident(config: Config, device: Device) -> int:
