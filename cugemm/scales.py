@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cugemm.arrays import View, dense_strides
+from cugemm.arrays import View, dense_strides, itemsize
 from cugemm.formats import ALL, E4M3, E8M0
 from cugemm.scale_layout import TILE_ROWS, padded
 
@@ -99,6 +99,11 @@ def read_float(
     if found is not None:
         for block in (declared,) if declared else ((ALL, ALL), (1, ALL), *blocks):
             if found[0][1:] == block_counts(covered.rows, covered.k, block):
+                span = itemsize(view.dtype) * sum((n - 1) * abs(step) for n, step in zip(found[0][1:], found[1][1:], strict=True))
+                if found[0][2] > 1 and span >= _MOST_BYTES:
+                    raise refuse(
+                        f"{covered.role} of one matrix spans {span} bytes; scales that vary along k may span fewer than 2**32: pass a copy."
+                    )
                 return Scale(*found, block, view.dtype, rows=rows)
     raise refuse(
         f"{covered.role} has shape {view.shape}, but {covered.of} is {covered.shape}; wanted {_shapes(covered, declared, blocks)}."

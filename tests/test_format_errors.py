@@ -83,6 +83,8 @@ CASES = [
         Quantized(numpy(16, 64, dtype="int8"), numpy(16, 1, dtype="float64"), "int8_row"))),
     Case("float-shape", V, ("linear: ", "w.scale has shape (3, 16)", "(16, 3)", "1 x 32"), lambda: linear(
         Quantized(numpy(16, 40, **U8), numpy(3, 16, **F32), "int4_g32"), numpy(4, 80))),
+    Case("float-span", V, ("linear: ", "w.scale of one matrix spans 4294967300 bytes", "fewer than 2**32: pass a copy"), lambda: linear(
+        Quantized(Spec((3, 32), "uint8"), Spec((3, 2), "float32", strides=(2**29, 1)), "int4_g32"), Spec((4, 64), "bfloat16"))),
     Case("float-byte", T, ("linear: ", "w.scale is uint8", "wanted float32"), lambda: linear(
         Quantized(numpy(16, 32, **U8), numpy(16, 2, **U8), "int4_g32"))),
     Case("float-loose", V, ("any product: ", "a_scale has shape (5,)", "one element", "(4,) or (4, 1)"), lambda: loose(

@@ -145,11 +145,10 @@ def _fits(problem: Problem, config: Config) -> bool:
 
 def _most_tokens(problem: Problem, warpgroups: int, warps_k: int) -> int:
     """That leave registers for so many warpgroups (what the compiler says), and are worth it; 0: none do."""
-    bits = 128 // few_rows.chunk(problem)
-    if warpgroups > 2 and problem.scale_block:
-        return 0
+    if problem.scale_block and problem.b_scale:
+        return 16 if warpgroups == 2 else 0
     if problem.scale_block:
-        return 32 if bits == 8 and not gemm.computes_bf16(problem) else 16
+        return 32 if warpgroups == 2 else 16
     return 128 if warpgroups == 2 and warps_k == 1 else 64
 
 

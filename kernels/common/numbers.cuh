@@ -44,15 +44,20 @@ __device__ __forceinline__ u32 subtract_bf16x2(u32 a, u32 b) { return multiply_a
 // 0x8000 in each half whose bits under `mask` are all ones; `step` is the lowest bit of the mask.
 __device__ __forceinline__ u32 all_ones(u32 x, u32 mask, u32 step) { return ((x & mask) + step) & 0x80008000u; }
 
+// 4-bit integers, in the low bits of both halves. One below 2^7 (2^10) there adds itself to bf16 128 (fp16 1024); 8 more make two's
+// complement unsigned.
+template <int kElement, bool kToBf16>
+__device__ __forceinline__ u32 decode_low_bits(u32 x) {
+    constexpr u32 kNone = (kToBf16 ? 0x43004300u : 0x64006400u) | (kElement == kInt4x2 ? 0x00080008u : 0);
+    const u32 code = and_xor(x, 0x000F000Fu, kNone);
+    return kToBf16 ? subtract_bf16x2(code, kNone) : subtract_fp16x2(code, kNone);
+}
+
 template <int kElement, bool kToBf16>
 __device__ __forceinline__ u32 decode_spread(u32 x) {
     const u32 sign = x & 0x80008000u;
     if constexpr (kElement == kInt4x2 || kElement == kUint4x2) {
-        // An integer below 2^7 (2^10) in the low bits of bf16 128 (fp16 1024) adds itself; 8 more make two's complement unsigned.
-        constexpr u32 kOffset = kElement == kInt4x2 ? 0x00080008u : 0;
-        const u32 code = (x >> 12 & 0x000F000Fu) ^ kOffset;
-        return kToBf16 ? subtract_bf16x2(code | 0x43004300u, 0x43004300u | kOffset)
-                       : subtract_fp16x2(code | 0x64006400u, 0x64006400u | kOffset);
+        return decode_low_bits<kElement, kToBf16>(x >> 12);
     } else if constexpr (kElement == kInt8) {
         const u32 code = x >> 8;
         return kToBf16 ? subtract_bf16x2(code & 0x007F007Fu | 0x43004300u, code & 0x00800080u | 0x43004300u)  // 128 + low bits, 128 or 256

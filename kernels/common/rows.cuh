@@ -84,39 +84,57 @@ __device__ __forceinline__ Chunk pair_up(Chunk c) {
 
 // Scales --------------------------------------------------------------------------------------------------------------------------
 
-// Floats that scale the sums of k-blocks, for this lane's rows and tokens.
+// Floats that scale the sums of k-blocks, for this lane's rows and tokens. Those of a matrix lie within 2^32 bytes (cugemm/scales.py).
 struct BlockScales {
-    i64 b_row[ROW_BLOCKS * 2], a_row[kTokenBlocks * 2];
+    template <int kCount>
+    struct Side {
+        u64 matrix;       // none: scales are one
+        i32 row[kCount];  // elements
+
+        __device__ __forceinline__ void begin(const ScaleArgs& s, u64 pointer, i32 number) {
+            matrix = pointer ? pointer + number * s.matrix * (s.type == kFp32 ? 4 : 2) : 0;
+        }
+        __device__ __forceinline__ void load(const ScaleArgs& s, i32 block, float (&x)[kCount]) const {
+            const i32 column = block * static_cast<i32>(s.block);
+            if (matrix != 0 && s.type == kFp32) {
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) x[i] = load_float(matrix, row[i] + column, kFp32);
+            } else if (matrix != 0) {
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) x[i] = load_float(matrix, row[i] + column, s.type == kBf16 ? kBf16 : kFp16);
+            } else {
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) x[i] = 1.f;
+            }
+        }
+    };
+    Side<ROW_BLOCKS * 2> of_b;
+    Side<kTokenBlocks * 2> of_a;
     float b[kParts][ROW_BLOCKS * 2], a[kParts][kTokenBlocks * 2];
 
     __device__ __forceinline__ BlockScales(const Args& args, const Place& at, i32 tile) {
         if constexpr (SCALE_BLOCK == 0) return;
+        of_b.begin(args.b_scales, B_SCALE == 0 ? args.b_scale : 0, at.work.expert);
 #pragma unroll
-        for (int i = 0; i < ROW_BLOCKS * 2; ++i)
-            b_row[i] = start(args.b_scales, at.work.expert, smaller(tile * kRows + i * 8 + at.g, args.n - 1));
+        for (int i = 0; i < ROW_BLOCKS * 2; ++i) of_b.row[i] = first(args.b_scales, smaller(tile * kRows + i * 8 + at.g, args.n - 1));
+        of_a.begin(args.a_scales, args.a_scale, at.work.batch);
+        if (args.a_scale == 0) return;
 #pragma unroll
-        for (int j = 0; j < kTokenBlocks * 2; ++j) a_row[j] = row_start(args, at, j / 2 * 8 + at.t * 2 + j % 2);
+        for (int j = 0; j < kTokenBlocks * 2; ++j) {
+            const int token = smaller(j / 2 * 8 + at.t * 2 + j % 2, tokens_of(at.work) - 1);
+            const i32 source = source_row(args, result_row(args, at.work, token));
+            of_a.row[j] = first(args.a_scales, scale_row(args, args.a_scales, at.work, token, source));
+        }
     }
-    static __device__ __forceinline__ i64 start(const ScaleArgs& s, i32 matrix, i32 row) {
-        return matrix * s.matrix + (s.rows == 1 ? row : row / s.rows) * s.row;
-    }
-    static __device__ __forceinline__ i64 row_start(const Args& args, const Place& at, int token) {
-        token = smaller(token, tokens_of(at.work) - 1);
-        const i32 source = source_row(args, result_row(args, at.work, token));
-        return start(args.a_scales, at.work.batch, scale_row(args, args.a_scales, at.work, token, source));
+    static __device__ __forceinline__ i32 first(const ScaleArgs& s, i32 row) {
+        return (s.rows == 1 ? row : row / s.rows) * static_cast<i32>(s.row);
     }
     __device__ __forceinline__ void load(const Args& args, i32 step) {
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
             const i32 block = smaller(step * kParts + part, (args.k - 1) / (SCALE_BLOCK ? SCALE_BLOCK : 1));
-#pragma unroll
-            for (int i = 0; i < ROW_BLOCKS * 2; ++i)
-                b[part][i] = B_SCALE == 0 && args.b_scale
-                                 ? load_float(args.b_scale, b_row[i] + block * args.b_scales.block, args.b_scales.type)
-                                 : 1.f;
-#pragma unroll
-            for (int j = 0; j < kTokenBlocks * 2; ++j)
-                a[part][j] = args.a_scale ? load_float(args.a_scale, a_row[j] + block * args.a_scales.block, args.a_scales.type) : 1.f;
+            of_b.load(args.b_scales, block, b[part]);
+            of_a.load(args.a_scales, block, a[part]);
         }
     }
     // The sums of one of the step's blocks, which begin again.

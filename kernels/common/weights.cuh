@@ -42,7 +42,7 @@ __device__ __forceinline__ void decode_unit(const Chunk& raw, u32 (&v)[4]) {
         }
     } else if constexpr (kPacked<B_ELEMENT>) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) v[i] = decode_spread<B_ELEMENT, kComputeBf16>(raw.word[kUnit] << (12 - 4 * i));
+        for (int i = 0; i < 4; ++i) v[i] = decode_low_bits<B_ELEMENT, kComputeBf16>(raw.word[kUnit] >> (4 * i));
     } else {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {

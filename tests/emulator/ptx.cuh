@@ -175,6 +175,7 @@ inline void store_shared_16(u32 shared, u32 a, u32 b, u32 c, u32 d) {
     emulator::store(shared, words, 16);
 }
 
+inline u32 and_xor(u32 x, u32 mask, u32 other) { return (x & mask) ^ other; }
 inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
     const u64 bytes = static_cast<u64>(high) << 32 | low;
     u32 r = 0;
