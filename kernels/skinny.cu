@@ -138,7 +138,7 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Place& at, Fetch&
         u32 scale[2][ROW_BLOCKS * 2][2] = {};
 #pragma unroll
         for (int c = 0; c < 2; ++c) reads.load(raw[c], scale[c], stage, c);
-        stage = stage == fetch.ring + (STAGES - 1) * kStageBytes ? fetch.ring : stage + kStageBytes;
+        stage = fetch.behind(stage);
         fetch.next();
         if constexpr (SCALE_BLOCK != 0) block.load(fetch.args, at.first_step + step);
         if constexpr (kLookForNan) {

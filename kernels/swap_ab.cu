@@ -244,16 +244,14 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Seat& at, Fetch& 
     BlockScales block(fetch.args, at, tile);
     Fragments f[kBuffers];
 #pragma unroll 1
-    for (i32 round = 0; round < at.rounds; ++round) {
+    for (i32 round = 0; round < at.rounds; ++round, stage = fetch.behind(stage)) {
         const i32 step = round * WARPS_K + at.warp_k;
-        const u32 here = stage;
         Chunk raw[kEarly][2];
         u32 scale[kEarly][2][2] = {};
         copy_async_wait<STAGES - 2>();
         __syncwarp();  // lanes read what others fetched, and all are done with the stage that is filled next
 #pragma unroll
-        for (int c = 0; c < kEarly; ++c) reads.load(raw[c], scale[c], here, c);
-        stage = here == fetch.ring + (STAGES - 1) * kStageBytes ? fetch.ring : here + kStageBytes;
+        for (int c = 0; c < kEarly; ++c) reads.load(raw[c], scale[c], stage, c);
         fetch.next();
         if constexpr (SCALE_BLOCK != 0) block.load(fetch.args, at.first_step + step);
         if (step >= at.steps) continue;  // other warpgroups, or CTAs, have one step more
@@ -267,7 +265,7 @@ __device__ __forceinline__ void multiply_tile(Sums& sum, const Seat& at, Fetch& 
                 wgmma_wait<kBuffers - 1>();
                 keep(f[p % kBuffers]);
             }
-            if (first && c >= kEarly) reads.load(raw[0], scale[0], here, c);
+            if (first && c >= kEarly) reads.load(raw[0], scale[0], stage, c);
             const Chunk(&chunk)[2] = raw[c % kEarly];
             if constexpr (kLookForNan) {
 #pragma unroll

@@ -134,15 +134,15 @@ struct Fetch {
     const Args& args;
     const Place& at;
     Walk walk;
-    const u8 *weights, *scales;  // of this matrix
-    u32 ring, to;                   // the first stage, and the next to be filled
-    u32 place, scale_place;         // of this lane's first copies in a stage
-    i32 row_bytes, whole;           // steps before `whole` can be copied as they lie
-    const u8* from;                 // this lane copies chunk lane % 8 of rows lane / 8 + 4 j,
-    u32 down[kCopies];              // which lie so many 16-byte pieces further; those that are not there: the last one again
-    const u8* scale;                // and word t of the scales of rows g + 8 i,
-    u32 scale_down[kScaleCopies];   // which lie so many bytes further
-    u32 next_scales;                // from step to step
+    const u8 *weights, *scales;    // of this matrix
+    u32 ring, to;                  // the first stage, and the next to be filled
+    u32 place, scale_place;        // of this lane's first copies in a stage
+    i32 row_bytes, whole;          // steps before `whole` can be copied as they lie
+    const u8* from;                // this lane copies chunk lane % 8 of rows lane / 8 + 4 j,
+    u32 down[kCopies];             // which lie so many 16-byte pieces further; those that are not there: the last one again
+    const u8* scale;               // and word t of the scales of rows g + 8 i,
+    u32 scale_down[kScaleCopies];  // which lie so many bytes further
+    u32 next_scales;               // from step to step
 
     __device__ __forceinline__ Fetch(const Args& args, const Place& at, const Walk& walk, u32 ring)
         : args(args),
@@ -196,9 +196,11 @@ struct Fetch {
             const i32 inside = s.tile_rows == 1 ? 0 : s.tile_rows == 128 ? r % 32 * 16 + r % 128 / 32 * 4 : r % 8 * 4;
             scale = scales + row_tile * s.row + ((at.first_step + walk.step) * kScaleWords + at.t) * word_bytes() + inside;
 #pragma unroll
-            for (int i = 0; i < kScaleCopies; ++i)
-                scale_down[i] = column + 8 * i < args.n ? i * eight_rows : i > 0 ? scale_down[i - 1] : 0;
+            for (int i = 0; i < kScaleCopies; ++i) scale_down[i] = column + 8 * i < args.n ? i * eight_rows : i > 0 ? scale_down[i - 1] : 0;
         }
+    }
+    __device__ __forceinline__ u32 behind(u32 stage) const {
+        return stage == ring + (STAGES - 1) * kStageBytes ? ring : stage + kStageBytes;
     }
     // The warp's first steps, to L2: lanes take steps in turn. Their scales come along with lines that others ask for.
     __device__ __forceinline__ void prefetch() const {
@@ -219,7 +221,7 @@ struct Fetch {
             from += STEPS_APART * step_bytes();
             if constexpr (kScaleWords != 0) scale += next_scales;
             if (walk.next()) point();
-            to = to == ring + (STAGES - 1) * kStageBytes ? ring : to + kStageBytes;
+            to = behind(to);
         }
         copy_async_commit();
     }
