@@ -257,7 +257,7 @@ def test_explain_needs_no_gpu_and_launches_nothing(capsys: pytest.CaptureFixture
     assert text.startswith("mm_fp8\n  a = Spec((16, 4096), 'float8_e4m3fn')\n  b = Quantized(fp8_row, shape=(4096, 11008), transposed, ")
     assert "\n  alpha = 2\ncugemm.mm_fp8\n  m = 16, n = 11008, k = 4096, batch = 1\n" in text
     assert "\ne4m3 x e4m3 -> bfloat16 on sm_90a\n" in text
-    assert re.search(r"^  -> portable +\d+\.\d us predicted   tile \d+x\d+x\d+, warps", text, re.MULTILINE)
+    assert re.search(r"^  -> (portable|swap_ab) +\d+\.\d us predicted   (tile \d+x\d+x\d+|\d+ tokens, )", text, re.MULTILINE)
     assert "quantize   refused: converts matrices, does not multiply them" in text
 
 
@@ -381,7 +381,7 @@ def test_jobs_hold_every_best_config_once() -> None:
     tiles = {job.defines["BLOCK_M"] for job in jobs if job.stem == "portable"}
     listed = list(cases.configs(["fp8_row", "fp8_tensor"], [(4096, 4096), (11008, 4096)], SM90))
     assert {c.kernel for c in listed if c.n} == {"portable", "skinny", "swap_ab"}
-    assert len(tiles) == 3
+    assert len(tiles) == 2
     assert len({c.config for c in listed if c.kernel == "portable"}) == len([job for job in jobs if job.stem == "portable"])
     tokens = {job.defines["TOKENS"] for job in jobs if job.stem == "skinny"}
     assert tokens >= {1, 2, 4, 8, 16}

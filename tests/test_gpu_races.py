@@ -36,7 +36,7 @@ WEIGHTS = ("bf16", "fp8_row", "nvfp4", "mxfp4", "int4_g128")
 SEEDS = (1, 2, 3)
 BROKEN = {
     "skinny": "__syncthreads();  // all have left their sums",
-    "swap_ab": "if (c == 0) mbarrier_wait(shared.full(slot), shared.parity(number + step));",
+    "swap_ab": "if (p == 0) mbarrier_wait(shared.full(slot), shared.parity(number + step));",
     "portable": "__syncthreads();  // tile t is complete, and everybody is done with the stage of tile t - 1",
 }
 """A barrier of the kernel: sums of warps meet behind it; rows of A are there behind it; a tile is complete behind it."""
