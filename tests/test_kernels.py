@@ -304,7 +304,7 @@ def test_the_cover_of_few_rows(name: str, target: str) -> None:
     possible, seen = ({axes for choice in found for axes in few_rows_axes(name, choice)} for found in (itertools.chain(*pools), rows))
     assert seen == possible
     found, call = arch.get(target), linear_call(8, 4096, 4096, "bfloat16", "bfloat16")
-    assert {config.split * getattr(config, "parts", 1) for _, config in rows} == {1, 2, 4, 8}
+    assert {config.split * getattr(config, "parts", 1) for _, config in rows} == {1, 2, 4, 8} - ({8} if name == "swap_ab" else set())
     if name == "skinny":
         assert {config.split if "cluster" not in found.features else config.parts for _, config in rows} == {1}
     steps = [kernel.steps(call._replace(problem=q), config)[0] for q, config in rows]

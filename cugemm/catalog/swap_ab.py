@@ -10,6 +10,7 @@ from cugemm import arch
 from cugemm.arch import Device
 from cugemm.catalog import few_rows, gemm
 from cugemm.catalog.step import REACHED, Step, Zero
+from cugemm.formats import INT8
 from cugemm.problem import GemmCall, Problem
 from cugemm.scales import ceil_div
 
@@ -146,6 +147,8 @@ def _most_tokens(problem: Problem, warpgroups: int, warps_k: int) -> int:
         return 16 if warpgroups == 2 else 0
     if problem.scale_block:
         return 32 if warpgroups == 2 else 16
+    if warpgroups > 3 and problem.b == INT8.name:
+        return 32
     return 128 if warpgroups == 2 and warps_k == 1 else 64
 
 
