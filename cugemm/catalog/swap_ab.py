@@ -10,7 +10,6 @@ from cugemm import arch
 from cugemm.arch import Device
 from cugemm.catalog import few_rows, gemm
 from cugemm.catalog.step import REACHED, Step, Zero
-from cugemm.formats import INT8
 from cugemm.problem import GemmCall, Problem
 from cugemm.scales import ceil_div
 
@@ -147,7 +146,7 @@ def _most_tokens(problem: Problem, warpgroups: int, warps_k: int) -> int:
         return 16 if warpgroups == 2 else 0
     if problem.scale_block:
         return 32 if warpgroups == 2 else 16
-    if warpgroups > 3 and problem.b == INT8.name:
+    if warpgroups > 3 and warps_k > 2 and few_rows.chunk(problem) == 16:
         return 32
     return 128 if warpgroups == 2 and warps_k == 1 else 64
 
