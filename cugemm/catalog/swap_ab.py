@@ -10,6 +10,7 @@ from cugemm import arch
 from cugemm.arch import Device
 from cugemm.catalog import few_rows, gemm
 from cugemm.catalog.step import REACHED, Step, Zero
+from cugemm.formats import INT4X2
 from cugemm.problem import GemmCall, Problem
 from cugemm.scales import ceil_div
 
@@ -142,10 +143,9 @@ def _fits(problem: Problem, config: Config) -> bool:
 
 def _most_tokens(problem: Problem, warpgroups: int, warps_k: int) -> int:
     """That leave registers for so many warpgroups (what the compiler says), and are worth it; 0: none do."""
-    if problem.scale_block and problem.b_scale:
-        return 16 if warpgroups == 2 else 0
     if problem.scale_block:
-        return 32 if warpgroups == 2 else 16
+        cheap = problem.b == INT4X2.name or (few_rows.chunk(problem) == 16 and not problem.b_scale and not gemm.computes_bf16(problem))
+        return (32 if cheap else 16) if warpgroups == 2 else 16 if cheap else 0
     if warpgroups > 3 and warps_k > 2 and few_rows.chunk(problem) == 16:
         return 32
     return 128 if warpgroups == 2 and warps_k == 1 else 64
