@@ -145,6 +145,8 @@ def _most_tokens(problem: Problem, warpgroups: int, warps_k: int) -> int:
     """That leave registers for so many warpgroups (what the compiler says), and are worth it; 0: none do."""
     if problem.scale_block:
         cheap = problem.b == INT4X2.name or (few_rows.chunk(problem) == 16 and not problem.b_scale and not gemm.computes_bf16(problem))
+        if warpgroups > 3 and warps_k == 1 and problem.b == INT4X2.name:
+            return 0
         return (32 if cheap else 16) if warpgroups == 2 else 16 if cheap else 0
     if warpgroups > 3 and warps_k > 2 and few_rows.chunk(problem) == 16:
         return 32
