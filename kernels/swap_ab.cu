@@ -2,7 +2,7 @@
 // from shared memory to registers, and rows of A ("tokens") their 8 to 128 columns, read from shared memory. sm_90a.
 //
 //   weights  each warp copies what it will decode itself, STAGES - 1 steps of 128 bytes a row ahead and across tiles (weights.cuh): no
-//            barrier; up to 64 rows of A, while the first half of a step is multiplied the other one is decoded
+//            barrier; a step is decoded in pieces: one while the piece before it is multiplied
 //   A        four warps bring rows of A for step after step, X_STAGES at once, and lay them down as decoded weights ask for
 //   k        SPLIT CTAs of a cluster cut k into runs of steps; in each, WARPS_K warpgroups take its steps in turn
 //   rows     clusters have successive tiles of 16 columns, as many each: one for a warp, up to 4 WARPGROUPS / WARPS_K at a time
@@ -23,8 +23,8 @@ constexpr int kConsumerRegisters = kRegisters + (kRegisters - kProducerRegisters
 constexpr int kCoreBytes = TOKENS * 16 + 16;              // 8 values along k of all tokens, and what spreads them over banks
 constexpr int kStepBytes = kStepValues / 8 * kCoreBytes;  // of A
 constexpr int kSources = SPLIT * WARPS_K;                 // of the sums of each part: 16 columns and 8 rows of D
-constexpr int kRounds = kGroups * TOKENS > 128 ? 2 : 1,
-              kBlocks = kTokenBlocks / kRounds;  // of 8 tokens, whose sums are exchanged at a time
+constexpr int kRounds = kGroups * TOKENS > 128 ? 2 : 1;   // in which sums of a tile are exchanged, so many blocks of 8 tokens in each
+constexpr int kBlocks = kTokenBlocks / kRounds;
 constexpr int kMail = (4 * kGroups * kBlocks + SPLIT - 1) / SPLIT * kSources * 512;
 static_assert(TOKENS % 8 == 0 && WARPGROUPS % WARPS_K == 0);
 
@@ -60,7 +60,7 @@ struct Producer {
         smaller(kProducers, larger(1, kTokenBlocks* kUnits / 2) < kTokenBlocks ? larger(1, kTokenBlocks* kUnits / 2)
                                                                                : kTokenBlocks);  // warps that share a step
     static constexpr int kWarpTokens = TOKENS / kTeam;
-    static constexpr int kCopies = larger(1, kWarpTokens / 4), kLines = kPieces / 8;         // of a lane: every fourth token, 8th piece
+    static constexpr int kCopies = larger(1, kWarpTokens / 4), kLines = kPieces / 8;  // of a lane: every fourth token, every eighth piece
     static constexpr int kTasks = kWarpTokens * 2 * kUnits, kEach = larger(1, kTasks / 32);  // of a warp, and of a lane
     // Each slot has one team that fills it, and in a tile one warpgroup of WARPS_K that reads it: phases of one parity are never mistaken.
     // From tile to tile the reader may change, but tiles of several warpgroups meet in the mail.
@@ -236,8 +236,8 @@ __device__ __forceinline__ void multiply(Sums& sum, const Fragments& f, u32 x) {
     wgmma_commit();
 }
 
-// Sums of one tile over this warpgroup's steps. `number`: of the tile's first step. A warp without a tile
-// multiplies what happens to be there.
+// Sums of one tile over this warpgroup's steps. `number`: of the tile's first step. A warp without a tile multiplies what happens to be
+// there.
 __device__ __forceinline__ void multiply_tile(Sums& sum, const Seat& at, Fetch& fetch, const Reads& reads, const Shared& shared, i32 tile,
                                               u32& stage, u32 number) {
     u32 nan[2] = {};
@@ -364,7 +364,7 @@ struct Mail {
     // first: the first of those tiles.
     __device__ __forceinline__ void finish(const Args& args, i32 number, int round, i32 first, int tiles) const {
         const int begin = kSources > 1 ? warp * SPLIT + rank : at.group * kBlocks;
-        const int end = kSources > 1 || at.group >= tiles ? tiles * kBlocks : begin + kBlocks;
+        const int end = kSources > 1 ? tiles * kBlocks : smaller(begin + kBlocks, tiles * kBlocks);
         const auto column = [&](int q) { return (first + q / kBlocks) * 16 + at.t * 4; };
         Columns columns;
         columns.load(args, at.work.expert, column(begin));

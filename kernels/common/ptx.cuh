@@ -78,13 +78,13 @@ __device__ __forceinline__ void store_shared_16(u32 shared, u32 a, u32 b, u32 c,
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-// Any 4 of the 8 bytes {high:low}, chosen by the nibbles of `selector` (PTX 9.7.9.7).
 // (x & mask) ^ other, which the compiler makes two instructions of where both are constants.
 __device__ __forceinline__ u32 and_xor(u32 x, u32 mask, u32 other) {
     u32 result;
     asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(result) : "r"(x), "r"(mask), "r"(other));
     return result;
 }
+// Any 4 of the 8 bytes {high:low}, chosen by the nibbles of `selector` (PTX 9.7.9.7).
 __device__ __forceinline__ u32 permute_bytes(u32 low, u32 high, u32 selector) {
     u32 r;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(selector));
