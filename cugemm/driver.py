@@ -12,7 +12,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .errors import CudaError
@@ -44,6 +44,7 @@ _PROTOTYPES = {
     "cuOccupancyMaxActiveBlocksPerMultiprocessor": "ppiz",
     "cuStreamIsCapturing": "pp",
     "cuStreamSynchronize": "p",
+    "cuTensorMapEncodeTiled": "piIppppp" + "iiii",
 }
 _LETTERS = {
     "i": ctypes.c_int,
@@ -316,6 +317,27 @@ def set_max_dynamic_smem(function: int, size: int) -> None:
 def occupancy(function: int, threads: int, smem: int) -> int:
     """Blocks of `threads` threads and `smem` bytes of dynamic shared memory that run at once on one multiprocessor."""
     return _int("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, threads, smem)
+
+
+_UINT8, _UINT16 = 0, 1  # CUtensorMapDataType
+_SWIZZLE_128B, _L2_256B = 3, 3
+
+
+def tensor_map(pointer: int, itemsize: int, size: Sequence[int], pitches: Sequence[int], box: Sequence[int]) -> bytes:
+    """The 128 bytes by which TMA knows an array of values of 1 or 2 bytes: cuTensorMapEncodeTiled, 128-byte swizzle, zeros from outside.
+
+    size, box: values along each axis, the contiguous one first. pitches: bytes from one to the next along the others.
+    """
+    rank = len(size)
+    memory = ctypes.create_string_buffer(192)
+    start = -ctypes.addressof(memory) % 64  # where the driver wants it
+    _call(
+        "cuTensorMapEncodeTiled",
+        ctypes.addressof(memory) + start, _UINT8 if itemsize == 1 else _UINT16, rank, pointer, (ctypes.c_uint64 * rank)(*size),
+        (ctypes.c_uint64 * (rank - 1))(*pitches), (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128B,
+        _L2_256B, 0,
+    )  # fmt: skip
+    return memory.raw[start : start + 128]
 
 
 # Streams, events, memory. Streams: 0 or 1 legacy default, 2 per-thread default, else a CUstream.

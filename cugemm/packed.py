@@ -10,7 +10,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from cugemm import driver
-from cugemm.catalog import Step, Zero
+from cugemm.catalog import Step, TensorMap, Zero
 
 _CONFIG = struct.Struct("<7I4xQQI4x")
 """CUlaunchConfig: grid, block, dynamic shared memory, stream, attributes, their number (56 bytes, see `driver.LaunchConfig`)."""
@@ -36,6 +36,21 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+class Maps(dict[int, bytes]):
+    """What TMA knows of one operand of a launch, by the pointer that came with it; as many as a model has layers of one shape."""
+
+    _MOST = 512
+
+    def __init__(self, map: TensorMap, pointer: int, offset: int) -> None:
+        self.map, self.pointer, self.offset = map, pointer, offset
+
+    def __missing__(self, pointer: int) -> bytes:
+        if len(self) >= self._MOST:
+            self.clear()
+        found = self[pointer] = driver.tensor_map(pointer, *self.map[1:])
+        return found
+
+
 class Launch(NamedTuple):
     """One kernel launch: only pointers, by-value scalars and the stream are still to be written."""
 
@@ -46,6 +61,7 @@ class Launch(NamedTuple):
     pack: Callable[..., None]
     scalars: tuple[tuple[int, int], ...]  # (offset in the arguments, position of the argument)
     device: int
+    maps: tuple[Maps, ...] = ()
 
     def __call__(self, arrays: Sequence[Any], pointers: Sequence[int], stream: int) -> None:
         view, memory, config, params = _thread.parts
@@ -54,6 +70,8 @@ class Launch(NamedTuple):
         self.pack(memory, _ARGS_AT, *self.pick(pointers))
         for offset, position in self.scalars:
             _pack_float(memory, _ARGS_AT + offset, arrays[position])  # OverflowError outside float32
+        for maps in self.maps:
+            view[maps.offset : maps.offset + 128] = maps[pointers[maps.pointer]]
         _pack_stream(memory, _STREAM_AT, stream)
         failed = driver.launch_ex(config, self.function, params, None)
         if failed:
@@ -83,9 +101,11 @@ def pack(
     scalars_at = 8 * len(step.pointers)
     head = struct.Struct(f"<{len(step.pointers)}Q{len(step.scalars)}f")
     args = head.pack(*[0] * len(step.pointers), *[1.0] * len(step.scalars)) + step.tail
+    maps = tuple(Maps(m, place(m.pointer), _ARGS_AT + len(args) + 128 * i) for i, m in enumerate(step.maps))
+    args += bytes(128 * len(maps))
     assert len(args) <= _MAX_ARGS and len(step.pointers) > 1
     pdl = step.pdl and driver.version() >= (12, 3)  # NOTE: older ones refuse such launches in a capture; in order they are right as well
     config = _CONFIG.pack(step.grid, 1, 1, step.threads, 1, 1, step.smem, 0, ctypes.addressof(_PDL) if pdl else 0, int(pdl))
     scalars = tuple((scalars_at + 4 * i, position) for i, position in enumerate(step.scalars) if by_value[position])
     picked = itemgetter(*map(place, step.pointers))
-    return Launch(function(step), config, args, picked, struct.Struct(f"<{len(step.pointers)}Q").pack_into, scalars, device)
+    return Launch(function(step), config, args, picked, struct.Struct(f"<{len(step.pointers)}Q").pack_into, scalars, device, maps)

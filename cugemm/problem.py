@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cugemm.arrays import View, dense_strides, itemsize
-from cugemm.formats import BF16, BY_DTYPE, E2M1, E2M1X2, E4M3, E5M2, ELEMENTS, FORMATS, FP16, INT4X2, INT8, LAYOUTS, UINT4X2, Element
+from cugemm.formats import ALL, BF16, BY_DTYPE, E2M1, E2M1X2, E4M3, E5M2, ELEMENTS, FORMATS, FP16, INT4X2, INT8, LAYOUTS, UINT4X2, Element
 from cugemm.scales import BYTE_SCALES, SCALE_DTYPES, Covered, Scale, read_bytes, read_float, read_tensor, read_zero, rows_held
 
 Argument = View | float | None
@@ -48,7 +48,9 @@ class Problem(NamedTuple):
     a, b: elements. a_scale, b_scale: the element of scales that go into the values ("e4m3", "e8m0"), else "". zero: b has zero points.
     scale_block: the fewest values along k under one float scale, 0 where none varies along k. vector: both operands can be read in 16-byte
     pieces, along the axes a_major and b_major say; b_vector: b can along k, and so can its scales. pdl: "", or what may happen to b before
-    the kernel ahead has ended, "prefetch" or "static" (loads). scratch: kernels may ask for memory (`Step.scratch`).
+    the kernel ahead has ended, "prefetch" or "static" (loads). scratch: kernels may ask for memory (`Step.scratch`). in_order: rows of a
+    are those of the result, one after the other, and b is one array without panels. column_scales: float scales that vary along k do so for
+    each column by itself.
     """
 
     m: int
@@ -74,6 +76,8 @@ class Problem(NamedTuple):
     batch_invariant: bool = False
     b_vector: bool = False
     scratch: bool = True
+    in_order: bool = False
+    column_scales: bool = False
 
     def __str__(self) -> str:
         where = f" on {self.arch}" if self.arch else ""
@@ -280,6 +284,8 @@ class GemmOp(NamedTuple):
             a_major, b_major, vector, out_dtype, options.accumulate, options.backend,
             pdl=("static" if options.static_weights else "prefetch") if options.pdl else "", batch_invariant=options.batch_invariant,
             b_vector=_streams(b_view, b_strides, b_element, b_panel) and not _straddles(b_scale, n),
+            in_order=options.segments != "indices" and views[ROWS] is None and not b_panel,
+            column_scales=b_scale is not None and b_scale.by_k and b_scale.block[0] not in (128, ALL),
         )  # fmt: skip
         return GemmCall(
             problem, ((out_shape, out_dtype),), _segment_workspaces(options.segments, segments, m), m, n, k_a,

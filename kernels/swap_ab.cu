@@ -12,6 +12,7 @@
 // Not handled: what rows.cuh and weights.cuh do not. Learned from: swap-AB kernels as FlashInfer's TGV and DeepGEMM's (roles, producers).
 #define ROW_BLOCKS  1
 #define STEPS_APART WARPS_K
+#include "common/hopper.cuh"
 #include "common/rows.cuh"
 
 constexpr int kConsumers = 4 * WARPGROUPS, kProducers = 4, kThreads = 32 * (kConsumers + kProducers);  // warps
@@ -318,7 +319,7 @@ struct Columns {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
             const i32 n = smaller(column + c, args.n - 1);
-            factor[c] = Factors::scale(args.b_outer, args.b_outers, expert, n, args.b_outer_value);
+            factor[c] = outer_scale(args.b_outer, args.b_outers, expert, n, args.b_outer_value);
             bias[c] = args.bias && args.bias_row == 0 ? load_float(args.bias, expert * args.bias_expert + n, args.bias_type) : 0.f;
         }
     }
@@ -384,8 +385,8 @@ struct Mail {
         if (count <= 0 || token >= tokens_of(at.work)) return;
         const Work& work = at.work;
         const i32 to = result_row(args, work, token), source = source_row(args, to);
-        const float row = Factors::scale(args.a_outer, args.a_outers, work.batch, scale_row(args, args.a_outers, work, token, source),
-                                         args.a_outer_value);
+        const float row =
+            outer_scale(args.a_outer, args.a_outers, work.batch, scale_row(args, args.a_outers, work, token, source), args.a_outer_value);
         float x[4] = {};
         // The lane that summed value n of a token: n % 8 is its row g, token / 2 its t.
         const u32 letters = shared.mail + q / SPLIT * kSources * 512 + (at.t % 2 * 16 + at.g / 2) * 16 + (at.t / 2 * 2 + at.g % 2) * 4;

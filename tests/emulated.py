@@ -11,6 +11,7 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import re
 import shutil
 import struct
 import subprocess
@@ -37,23 +38,41 @@ def _sources() -> Path:
     sources = Path(tempfile.mkdtemp(prefix="cugemm-emulator-"))
     atexit.register(shutil.rmtree, sources, ignore_errors=True)
     shutil.copytree(ROOT / "kernels", sources, dirs_exist_ok=True)
-    shutil.copy(EMULATOR / "ptx.cuh", sources / "common" / "ptx.cuh")
+    for header in ("ptx.cuh", "hopper.cuh"):
+        shutil.copy(EMULATOR / header, sources / "common" / header)
     for kernel in sources.glob("*.cu"):
         text = kernel.read_text()
-        kernel.write_text(text.replace("extern __shared__ u8 shared_bytes[];", "u8* const shared_bytes = emulator::memory();"))
+        kernel.write_text(re.sub(r"extern __shared__ .*shared_bytes\[\];", "u8* const shared_bytes = emulator::memory();", text))
     return sources
 
 
 @functools.cache
-def _library(source: str, defines: tuple[tuple[str, int], ...], capability: int) -> ctypes.CDLL:
+def _library(source: str, defines: tuple[tuple[str, int], ...], capability: int, args: str) -> ctypes.CDLL:
     sources = _sources()
     macros = [f"-D{name}={value}" for name, value in (*defines, ("__CUDA_ARCH__", capability))]
     library = sources / f"{source}-{hashlib.md5(' '.join(macros).encode()).hexdigest()}.so"
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-U_FORTIFY_SOURCE", f"-I{sources}", f"-I{EMULATOR}"]
-    command = ["g++", *flags, *macros, f'-DSOURCE="{source}.cu"', f"-DENTRY={source}", str(EMULATOR / "main.cpp"), "-o", str(library)]
+    command = [
+        "g++",
+        *flags,
+        *macros,
+        f'-DSOURCE="{source}.cu"',
+        f"-DENTRY={source}",
+        f"-DARGS={args}",
+        str(EMULATOR / "main.cpp"),
+        "-o",
+        str(library),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"
     return ctypes.CDLL(str(library))
+
+
+def _tensor_map(pointer: int, itemsize: int, size: tuple[int, ...], pitches: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+    """What `driver.tensor_map` says to the driver, with the limits that it has, as the emulator's `TensorMap`."""
+    assert pointer % 16 == 0 and all(0 < n <= 2**32 for n in size) and all(0 < n <= 256 for n in box)
+    assert all(pitch % 16 == 0 and 0 <= pitch < 2**40 for pitch in pitches) and box[0] * itemsize in (16, 32, 64, 128)
+    return struct.pack("<8sQ3Q2Q3II56x", b"ensormap", pointer, *size, *pitches, *box, itemsize)
 
 
 def _launch(
@@ -68,10 +87,10 @@ def _launch(
     head = struct.pack(
         f"<{len(step.pointers)}Q{len(step.scalars)}f", *map(pointer, step.pointers), *(values[p] if p >= 0 else 1.0 for p in step.scalars)
     )
-    packed = head + step.tail
+    packed = head + step.tail + b"".join(_tensor_map(pointer(m.pointer), *m[1:]) for m in step.maps)
     found = arch.get(target)
     capability = 10 * (10 * found.capability[0] + found.capability[1])
-    library = _library(step.source, step.defines, capability)
+    library = _library(step.source, step.defines, capability, "TensorArgs" if step.maps else "Args")
     library.failure.restype = ctypes.c_char_p
     kept = [(at, ctypes.string_at(at, size), size) for at, size in late]
     for at, written, size in kept:

@@ -3,10 +3,12 @@
 To add one: its file here, its source of the same stem in kernels/, one word in the list.
 """
 
-from cugemm.catalog import block_quantize, portable, rows, skinny, swap_ab
+from cugemm.catalog import block_quantize, hopper, portable, rows, skinny, swap_ab
 from cugemm.catalog import quantize as conversion
-from cugemm.catalog.step import Kernel, Step, Zero
+from cugemm.catalog.step import Kernel, Step, TensorMap, Zero
 
-KERNELS: tuple[Kernel, ...] = (skinny.KERNEL, swap_ab.KERNEL, portable.KERNEL, conversion.KERNEL, block_quantize.KERNEL, rows.KERNEL)
+KERNELS: tuple[Kernel, ...] = (
+    skinny.KERNEL, swap_ab.KERNEL, hopper.KERNEL, portable.KERNEL, conversion.KERNEL, block_quantize.KERNEL, rows.KERNEL
+)  # fmt: skip
 
-__all__ = ["KERNELS", "Kernel", "Step", "Zero"]
+__all__ = ["KERNELS", "Kernel", "Step", "TensorMap", "Zero"]

@@ -27,12 +27,25 @@ class Zero(NamedTuple):
     offset: int = 0
 
 
+class TensorMap(NamedTuple):
+    """What TMA knows of an array (128 bytes that the driver encodes), for boxes of at most three axes with 128-byte swizzle.
+
+    pointer: position in the pointer table. size, pitches: of the axes, the contiguous one first; pitches in bytes, of the others.
+    """
+
+    pointer: int
+    itemsize: int
+    size: tuple[int, int, int]
+    pitches: tuple[int, int]
+    box: tuple[int, int, int]
+
+
 class Step(NamedTuple):
     """One kernel launch.
 
-    The argument struct is the pointers at `pointers`, the floats at `scalars` (1.0 where the call has none), then `tail`. pdl: it may begin
-    before the kernel ahead of it in the stream has ended, and waits by itself. scratch: floats that the call's steps leave for each other,
-    the workspace behind those that the call itself names.
+    The argument struct is the pointers at `pointers`, the floats at `scalars` (1.0 where the call has none), then `tail`, then `maps`. pdl:
+    it may begin before the kernel ahead of it in the stream has ended, and waits by itself. scratch: floats that the call's steps leave for
+    each other, the workspace behind those that the call itself names.
     """
 
     source: str
@@ -45,6 +58,7 @@ class Step(NamedTuple):
     tail: bytes
     pdl: bool = False
     scratch: int = 0
+    maps: tuple[TensorMap, ...] = ()
 
 
 class Kernel(Protocol):

@@ -77,6 +77,9 @@ __device__ __forceinline__ u32 load_global_u32(const void* p) {
 __device__ __forceinline__ void store_shared_16(u32 shared, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
+__device__ __forceinline__ void store_shared_8(u32 shared, u32 a, u32 b) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(a), "r"(b) : "memory");
+}
 
 // (x & mask) ^ other, which the compiler makes two instructions of where both are constants.
 __device__ __forceinline__ u32 and_xor(u32 x, u32 mask, u32 other) {
@@ -280,100 +283,3 @@ __device__ __forceinline__ Chunk load_remote_16(u32 shared, u32 rank) {
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-// Barriers in shared memory that count arrivals (PTX 9.7.13.15), sm_90 and up. A phase ends when all have arrived; the first has parity 0.
-__device__ __forceinline__ void mbarrier_init(u32 barrier, u32 arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void mbarrier_init_done() {  // by the thread that initialised: the cluster's others see it behind a barrier
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.release.cta.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void mbarrier_arrive_remote(u32 barrier, u32 rank) {  // at that of another CTA of the cluster
-    u32 p;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(p) : "r"(barrier), "r"(rank));
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(p) : "memory");
-}
-// Until the phase of this parity has ended; what was written before the arrivals is then there: by threads of the CTA, or of its cluster.
-__device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n\t.reg .pred done;\n"
-        "again:\n\tmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-__device__ __forceinline__ void mbarrier_wait_cluster(u32 barrier, u32 parity) {  // NOTE: empties L1 too
-    asm volatile(
-        "{\n\t.reg .pred done;\n"
-        "again:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t@!done bra again;\n}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-
-// Warpgroups (sm_90a): 128 threads multiply as one, asynchronously (PTX 9.7.15). Registers that a product reads or adds to must not be
-// touched between the fence before it and the wait behind it.
-__device__ __forceinline__ void fence_async_proxy() {  // what this thread has written to shared memory is there for products
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-// Registers of each of this warpgroup's threads from here on, for all of its warps at once. Those of a CTA are shared out among its own.
-template <int kRegisters>
-__device__ __forceinline__ void more_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ __forceinline__ void fewer_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void wgmma_wait() {  // at most the kPending newest groups are still under way afterwards
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-// Behind a wait: this register was read, or written, until now.
-__device__ __forceinline__ void wgmma_keep(const u32& x) { asm volatile("" ::"r"(x) : "memory"); }
-__device__ __forceinline__ void wgmma_keep(float& x) { asm volatile("" : "+f"(x)::"memory"); }
-// Of a matrix contiguous along k, without swizzle: 16 bytes of each of 8 rows lie together (128 bytes); from them to the next 16 bytes of k,
-// and to the next 8 rows.
-__device__ __forceinline__ u64 matrix_descriptor(u32 shared, u32 k_bytes, u32 rows_bytes) {
-    return (shared & 0x3FFFF) >> 4 | static_cast<u64>(k_bytes >> 4) << 16 | static_cast<u64>(rows_bytes >> 4) << 32;
-}
-
-// d += a[64 x 16] b[16 x 8 * blocks]: each warp of four has 16 rows of a and d, in fragments as of mma.m16n8k16; b by its descriptor.
-// clang-format off
-#define CUGEMM_D1 \
-    "%0, %1, %2, %3"
-#define CUGEMM_D2 CUGEMM_D1 ", " \
-    "%4, %5, %6, %7"
-#define CUGEMM_D4 CUGEMM_D2 ", " \
-    "%8, %9, %10, %11, %12, %13, %14, %15"
-#define CUGEMM_D8 CUGEMM_D4 ", " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define CUGEMM_D16 CUGEMM_D8 ", " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define CUGEMM_SUMS1(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define CUGEMM_SUMS2(j) CUGEMM_SUMS1(j), CUGEMM_SUMS1(j + 1)
-#define CUGEMM_SUMS4(j) CUGEMM_SUMS2(j), CUGEMM_SUMS2(j + 2)
-#define CUGEMM_SUMS8(j) CUGEMM_SUMS4(j), CUGEMM_SUMS4(j + 4)
-#define CUGEMM_SUMS16(j) CUGEMM_SUMS8(j), CUGEMM_SUMS8(j + 8)
-#define CUGEMM_WGMMA(name, type, blocks, columns, a, descriptor)                                                                        \
-    __device__ __forceinline__ void name(float (&d)[blocks][4], const u32 (&x)[4], u64 b) {                                             \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type                                               \
-                     " {" CUGEMM_D##blocks "}, {" a "}, " descriptor ", 1, 1, 1, 0;"                                                     \
-                     : CUGEMM_SUMS##blocks(0)                                                                                           \
-                     : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(b));                                                             \
-    }
-CUGEMM_WGMMA(wgmma_bf16, "bf16", 1, "8", "%4, %5, %6, %7", "%8")
-CUGEMM_WGMMA(wgmma_fp16, "f16", 1, "8", "%4, %5, %6, %7", "%8")
-CUGEMM_WGMMA(wgmma_bf16, "bf16", 2, "16", "%8, %9, %10, %11", "%12")
-CUGEMM_WGMMA(wgmma_fp16, "f16", 2, "16", "%8, %9, %10, %11", "%12")
-CUGEMM_WGMMA(wgmma_bf16, "bf16", 4, "32", "%16, %17, %18, %19", "%20")
-CUGEMM_WGMMA(wgmma_fp16, "f16", 4, "32", "%16, %17, %18, %19", "%20")
-CUGEMM_WGMMA(wgmma_bf16, "bf16", 8, "64", "%32, %33, %34, %35", "%36")
-CUGEMM_WGMMA(wgmma_fp16, "f16", 8, "64", "%32, %33, %34, %35", "%36")
-CUGEMM_WGMMA(wgmma_bf16, "bf16", 16, "128", "%64, %65, %66, %67", "%68")
-CUGEMM_WGMMA(wgmma_fp16, "f16", 16, "128", "%64, %65, %66, %67", "%68")
-// clang-format on

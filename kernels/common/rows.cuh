@@ -2,6 +2,7 @@
 // sums, and where those go. Beside what weights.cuh reads, TOKENS and SCALE_BLOCK configure the including kernel.
 #pragma once
 #include "common/epilogue.cuh"
+#include "common/scales.cuh"
 #include "common/weights.cuh"
 
 constexpr int kTokens = smaller(TOKENS, 8), kTokenBlocks = (TOKENS + 7) / 8;  // held of each block of 8
@@ -84,32 +85,10 @@ __device__ __forceinline__ Chunk pair_up(Chunk c) {
 
 // Scales --------------------------------------------------------------------------------------------------------------------------
 
-// Floats that scale the sums of k-blocks, for this lane's rows and tokens. Those of a matrix lie within 2^32 bytes (cugemm/scales.py).
+// Floats that scale the sums of k-blocks, for this lane's rows and tokens.
 struct BlockScales {
-    template <int kCount>
-    struct Side {
-        u64 matrix;       // none: scales are one
-        i32 row[kCount];  // elements
-
-        __device__ __forceinline__ void begin(const ScaleArgs& s, u64 pointer, i32 number) {
-            matrix = pointer ? pointer + number * s.matrix * (s.type == kFp32 ? 4 : 2) : 0;
-        }
-        __device__ __forceinline__ void load(const ScaleArgs& s, i32 block, float (&x)[kCount]) const {
-            const i32 column = block * static_cast<i32>(s.block);
-            if (matrix != 0 && s.type == kFp32) {
-#pragma unroll
-                for (int i = 0; i < kCount; ++i) x[i] = load_float(matrix, row[i] + column, kFp32);
-            } else if (matrix != 0) {
-#pragma unroll
-                for (int i = 0; i < kCount; ++i) x[i] = load_float(matrix, row[i] + column, s.type == kBf16 ? kBf16 : kFp16);
-            } else {
-#pragma unroll
-                for (int i = 0; i < kCount; ++i) x[i] = 1.f;
-            }
-        }
-    };
-    Side<ROW_BLOCKS * 2> of_b;
-    Side<kTokenBlocks * 2> of_a;
+    RowScales<ROW_BLOCKS * 2> of_b;
+    RowScales<kTokenBlocks * 2> of_a;
     float b[kParts][ROW_BLOCKS * 2], a[kParts][kTokenBlocks * 2];
 
     __device__ __forceinline__ BlockScales(const Args& args, const Place& at, i32 tile) {
@@ -159,24 +138,21 @@ struct Factors {
     i32 to[2];     // rows of D
     bool none[2];  // no row of A: zeros
 
-    static __device__ __forceinline__ float scale(u64 pointer, const ScaleArgs& s, i32 matrix, i32 at, float value) {
-        return pointer ? load_float(pointer, matrix * s.matrix + (s.rows == 1 ? at : at / s.rows) * s.row, s.type) : value;
-    }
     __device__ __forceinline__ void load(const Args& args, const Place& at, i32 tile, int part) {
         const i32 tokens = tokens_of(at.work);
         alpha = args.alpha ? load_float(args.alpha, 0, args.alpha_type) : args.alpha_value;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const i32 n = smaller(tile * kRows + part / kTokenBlocks * 16 + r * 8 + at.g, args.n - 1);
-            column[r] = scale(args.b_outer, args.b_outers, at.work.expert, n, args.b_outer_value);
+            column[r] = outer_scale(args.b_outer, args.b_outers, at.work.expert, n, args.b_outer_value);
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 if (r == 1) continue;
                 const int token = smaller(part % kTokenBlocks * 8 + at.t * 2 + c, tokens - 1);
                 to[c] = result_row(args, at.work, token);
                 const i32 source = source_row(args, to[c]);
-                row[c] = scale(args.a_outer, args.a_outers, at.work.batch, scale_row(args, args.a_outers, at.work, token, source),
-                               args.a_outer_value);
+                row[c] = outer_scale(args.a_outer, args.a_outers, at.work.batch, scale_row(args, args.a_outers, at.work, token, source),
+                                     args.a_outer_value);
                 none[c] = source < 0;
             }
             bias[r] = args.bias ? load_float(args.bias, at.work.expert * args.bias_expert + n, args.bias_type) : 0.f;

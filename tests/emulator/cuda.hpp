@@ -22,6 +22,7 @@ double fabs(double);
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __align__(...)
 #define __cluster_dims__(...)
 #define __shared__ static
 
@@ -50,10 +51,11 @@ struct Copy {
 };
 struct Product {  // of a warpgroup, under way: registers and shared memory are read when it is done
     float* d;
-    const unsigned* a;
-    unsigned long long b;
-    unsigned blocks, group;
-    float (*decode)(unsigned);
+    const unsigned* a;  // null: in shared memory
+    unsigned long long a_place, b;
+    unsigned blocks, group, bytes;  // bytes: of a value
+    bool a_turned, b_turned, add;
+    float (*decode_a)(unsigned), (*decode_b)(unsigned);
 };
 struct Store {
     unsigned to, size;
@@ -105,6 +107,7 @@ struct Array {
 };
 static Array array[64];  // what may be read, if known
 static unsigned arrays;
+static unsigned boxes;  // of tensors, on their way
 static Fiber* self;
 static jmp_buf scheduler;
 
@@ -236,7 +239,7 @@ int run(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel) {
                  shared_size);
         return 3;
     }
-    ctas = cluster_size, failure[0] = 0;
+    ctas = cluster_size, failure[0] = 0, boxes = 0;
     entry = &kernel;
     threads = block, blockDim.x = block, gridDim.x = grid;
     for (unsigned number = 0; number < grid; number += ctas) {
@@ -271,6 +274,10 @@ int run(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel) {
                 left -= fiber.done;
             }
             if (progress == before) return 1;  // all that are left wait for what never comes
+        }
+        if (boxes) {
+            snprintf(failure, sizeof failure, "a kernel ends ahead of %u boxes that it asked for", boxes);
+            return 3;
         }
     }
     return 0;

@@ -1,13 +1,17 @@
-// One kernel as a shared library: SOURCE is its file, ENTRY its function; other macros are the kernel's own.
+// One kernel as a shared library: SOURCE is its file, ENTRY its function, ARGS what it takes; other macros are the kernel's own.
 #include "cuda.hpp"
 
 #include SOURCE
 
-#ifndef SPLIT  // CTAs of a cluster, of kernels that have them
-#define CLUSTER 1
-#else
-#define CLUSTER SPLIT
+// CTAs of a cluster, of kernels that have them.
+#ifndef SPLIT
+#define SPLIT 1
 #endif
+#ifndef SHARE_A
+#define SHARE_A 1
+#define SHARE_B 1
+#endif
+#define CLUSTER (SPLIT * SHARE_A * SHARE_B)
 
 extern "C" const char* failure() { return emulator::failure; }
 
@@ -18,8 +22,8 @@ extern "C" void write_late(void* to, const void* from, unsigned long long size) 
 extern "C" void allow(unsigned long long from, unsigned long long size) { emulator::array[emulator::arrays++] = {from, from + size}; }
 
 extern "C" int launch(const void* packed, unsigned size, unsigned grid, unsigned block, unsigned shared_size, unsigned seed, int eager) {
-    if (size != sizeof(Args)) return 2;
-    static Args args;
+    if (size != sizeof(ARGS)) return 2;
+    static ARGS args;
     memcpy(&args, packed, size);
     emulator::shared_size = shared_size, emulator::seed = seed, emulator::eager = eager;
     const int code = emulator::run(grid, block, CLUSTER, [] { ENTRY(args); });

@@ -79,71 +79,6 @@ inline void load_matrix(u32 (&r)[4], u32 address, bool transposed) {
     wait_for_warp();
 }
 
-// In shared memory, as 8 bytes. An arrival too many counts for the next phase, as in hardware.
-struct Mbarrier {
-    u64 mark : 23, phase : 1, expected : 20, pending : 20;
-};
-constexpr u32 kMark = 0x6D6261;
-inline Mbarrier& mbarrier(u32 address, u32 rank) {
-    at(address, 8);
-    if (rank >= ctas) fail("no such CTA in the cluster:", rank);
-    auto& barrier = reinterpret_cast<Mbarrier&>(shared[rank][address]);
-    if (barrier.mark != kMark) fail("no mbarrier was initialised at", address);
-    return barrier;
-}
-inline void arrive(Mbarrier& barrier) {
-    if (!--barrier.pending) barrier.pending = barrier.expected, barrier.phase ^= 1, ++progress;
-    if (random() % 2) ++progress, yield();  // others may go on before this thread does
-}
-
-// m64nNk16, of which a warp does its own 16 rows: lanes show their fragments of a and read b from shared memory (core matrices of 8 rows of
-// 16 bytes). In double, rounded once.
-inline void multiply(const Product& p) {
-    auto& slot = warp().slot;
-    for (int i = 0; i < 4; ++i) slot[lane()][i] = p.a[i];
-    slot[lane()][4] = p.b;
-    wait_for_warp();
-    if (slot[0][4] != p.b) fail("lanes have different descriptors, of them", p.b);
-    double a[2][16], b[16];
-    for (int row = 0; row < 2; ++row)
-        for (int k = 0; k < 16; ++k)
-            a[row][k] = p.decode(static_cast<u32>(slot[lane() / 4 * 4 + k % 8 / 2][row + k / 8 * 2]) >> (16 * (k % 2)) & 0xFFFF);
-    const auto field = [&](int bit) { return static_cast<u32>(p.b >> bit & 0x3FFF) << 4; };
-    for (u32 i = 0; i < 2 * p.blocks; ++i) {
-        const u32 column = lane() % 4 * 2 + i % 2, place = field(0) + i / 2 * field(32) + column * 16;
-        for (int k = 0; k < 16; ++k) {
-            u16 bits;
-            const u32 address = place + k / 8 * field(16) + k % 8 * 2;
-            at(address, 2);
-            memcpy(&bits, view[self->cta] + address, 2);
-            b[k] = p.decode(bits);
-        }
-        for (int row = 0; row < 2; ++row) {
-            float& d = p.d[i / 2 * 4 + row * 2 + i % 2];
-            double sum = d;
-            for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k];
-            d = static_cast<float>(sum);
-        }
-    }
-    wait_for_warp();
-}
-inline void multiply_async(float* d, const u32* a, u64 b, u32 blocks, float (*decode)(u32)) {
-    if (self->thread / 128 * 128 + 128 > threads) fail("a product outside a whole warpgroup of", threads);
-    if (!self->fenced) fail("a product without wgmma_fence, of blocks:", blocks);
-    if (b & 0xFFFFC000C000C000) fail("descriptor of more than address and steps", b);
-    const Product product{d, a, b, blocks, self->group, decode};
-    if (eager) return multiply(product);
-    if (self->products - self->first_product == kMostProducts) fail("more products than the emulator holds", kMostProducts);
-    self->product[self->products++ % kMostProducts] = product;
-}
-inline void wait_for_products(u32 pending) {
-    for (; self->first_product != self->products; ++self->first_product) {
-        const Product& product = self->product[self->first_product % kMostProducts];
-        if (product.group + pending >= self->group) break;
-        multiply(product);
-    }
-}
-
 }  // namespace emulator
 
 inline u32 shared_address(const void* p) { return static_cast<u32>(static_cast<const unsigned char*>(p) - emulator::memory()); }
@@ -173,6 +108,11 @@ inline u32 load_global_u32(const void* p) { return emulator::load<u32>(p); }
 inline void store_shared_16(u32 shared, u32 a, u32 b, u32 c, u32 d) {
     const u32 words[4] = {a, b, c, d};
     emulator::store(shared, words, 16);
+}
+
+inline void store_shared_8(u32 shared, u32 a, u32 b) {
+    const u32 words[2] = {a, b};
+    emulator::store(shared, words, 8);
 }
 
 inline u32 and_xor(u32 x, u32 mask, u32 other) { return (x & mask) ^ other; }
@@ -282,47 +222,3 @@ inline Chunk load_remote_16(u32 shared, u32 rank) {
 }
 inline void cluster_arrive() { emulator::arrive(); }
 inline void cluster_wait() { emulator::wait_for_cluster(); }
-
-inline void mbarrier_init(u32 barrier, u32 arrivals) {
-    emulator::Mbarrier made{emulator::kMark, 0, arrivals, arrivals};
-    if (arrivals == 0 || made.expected != arrivals) emulator::fail("an mbarrier cannot count to", arrivals);
-    unsigned char* p = emulator::at(barrier, 8);
-    if (reinterpret_cast<emulator::Mbarrier*>(p)->mark == emulator::kMark) emulator::fail("an mbarrier is there already, at", barrier);
-    memcpy(p, &made, 8);
-}
-inline void mbarrier_init_done() {}  // initialisation is seen at once: to leave this out does not show
-inline void mbarrier_arrive(u32 barrier) { emulator::arrive(emulator::mbarrier(barrier, emulator::self->cta)); }
-inline void mbarrier_arrive_remote(u32 barrier, u32 rank) { emulator::arrive(emulator::mbarrier(barrier, rank)); }
-inline void mbarrier_wait(u32 barrier, u32 parity) {
-    while (emulator::mbarrier(barrier, emulator::self->cta).phase == (parity & 1)) emulator::yield();
-}
-
-inline void mbarrier_wait_cluster(u32 barrier, u32 parity) { mbarrier_wait(barrier, parity); }
-
-inline void fence_async_proxy() { emulator::show_stores(); }
-template <int kRegisters>
-inline void more_registers() {}
-template <int kRegisters>
-inline void fewer_registers() {}
-inline void wgmma_fence() { emulator::self->fenced = true; }  // only its absence all along shows
-inline void wgmma_commit() { ++emulator::self->group; }
-template <int kPending>
-void wgmma_wait() {
-    static_assert(kPending >= 0 && kPending < 8);
-    emulator::wait_for_products(kPending);
-}
-inline void wgmma_keep(const u32&) {}
-inline void wgmma_keep(float&) {}
-inline u64 matrix_descriptor(u32 shared, u32 k_bytes, u32 rows_bytes) {
-    const u32 any = shared | k_bytes | rows_bytes;
-    if (any % 16 || any > 0x3FFFF) emulator::fail("a descriptor cannot hold bytes", any);
-    return shared >> 4 | static_cast<u64>(k_bytes >> 4) << 16 | static_cast<u64>(rows_bytes >> 4) << 32;
-}
-template <int kBlocks>
-void wgmma_bf16(float (&d)[kBlocks][4], const u32 (&a)[4], u64 b) {
-    emulator::multiply_async(d[0], a, b, kBlocks, emulator::bf16);
-}
-template <int kBlocks>
-void wgmma_fp16(float (&d)[kBlocks][4], const u32 (&a)[4], u64 b) {
-    emulator::multiply_async(d[0], a, b, kBlocks, emulator::fp16);
-}

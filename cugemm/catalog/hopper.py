@@ -1,0 +1,232 @@
+"""`kernels/hopper.cu`: many rows, by warpgroup products of tiles that TMA brings; sm_90a."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from cugemm import arch
+from cugemm.arch import Device
+from cugemm.catalog import gemm
+from cugemm.catalog.step import REACHED, Step, TensorMap, Zero
+from cugemm.formats import ELEMENTS
+from cugemm.problem import FLOATS8, FLOATS16, A, B, GemmCall, Problem
+from cugemm.scales import ceil_div
+
+_LINE = 128
+"""Bytes of a step along k, of each row."""
+_PANEL = 64
+"""Values of m, or n, in a line where operands are contiguous along those."""
+
+
+class Config(NamedTuple):
+    """Columns of a tile, warpgroups that multiply and how many times 64 rows each has, steps in the ring; CTAs of a cluster, which share rows
+    of A, or columns of B, or cut k; and how many clusters there are."""
+
+    columns: int
+    warpgroups: int
+    waves: int
+    stages: int
+    share_a: int = 1
+    share_b: int = 1
+    split: int = 1
+    clusters: int = 1
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.warpgroups * self.waves
+
+    @property
+    def cluster(self) -> int:
+        return self.share_a * self.share_b * self.split
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)
+
+    def __str__(self) -> str:
+        shared = "that share rows of a" if self.share_a > 1 else "that share columns of b" if self.share_b > 1 else "that cut k"
+        return f"tile {self.rows}x{self.columns}, warpgroups {self.warpgroups}x{self.waves}, {self.stages} stages, {self.clusters} " + (
+            f"clusters of {self.cluster} {shared}" if self.cluster > 1 else "CTAs"
+        )
+
+
+_SHAPES = ((1, 1), (2, 1), (2, 2))
+"""`warpgroups`, `waves`: 64, 128 and 256 rows."""
+_MOST_SUMS = {(False, 1): 256, (False, 2): 128, (True, 1): 192, (True, 2): 128}
+"""Columns for which registers hold the sums, by whether those of a step are apart, and `waves`."""
+_MOST_STAGES = 8
+_SPLITS = (2, 4, 8)
+
+# NOTE: not yet fitted to times: what the hardware could do at best, and guesses of what it does.
+_L2_BYTES_PER_CLOCK = 5500.0
+"""That L2 gives all SMs."""
+_SHARED_BYTES_PER_CLOCK = 128.0
+"""That an SM's shared memory takes and gives."""
+_TILE_CLOCKS, _SUM_CLOCKS = 1500.0, 0.02
+"""Behind the last step of a tile; for each of its sums."""
+_PROMOTE = 0.25
+"""Of the time of products, where sums are added up outside."""
+_LAUNCH_US, _CLUSTER_US = 4.0, 0.7
+
+
+class Hopper:
+    name = "hopper"
+    multiplies = True
+
+    def refuse(self, problem: object) -> str | None:
+        refused = gemm.refuse(problem, self.name)
+        if refused or not isinstance(problem, Problem):
+            return refused
+        if "wgmma" not in arch.get(problem.arch or "sm_90a").features:
+            return "needs sm_90a"
+        if problem.backend == "auto":
+            return "compiled and emulated, but not yet run on a GPU: only backend='hopper' takes it"
+        if problem.batch_invariant:
+            return "adds up in another order for another m"
+        alike = problem.a == problem.b if problem.a in FLOATS16 else problem.a in FLOATS8
+        if not alike or problem.b not in (*FLOATS16, *FLOATS8) or (problem.b in FLOATS8) != (problem.a in FLOATS8):
+            return "multiplies two operands of one 16-bit type, or two of float8"
+        if problem.a_scale or problem.b_scale or problem.zero:
+            return "multiplies values as they are stored"
+        fp8 = problem.a in FLOATS8
+        if fp8 and problem.accumulate == "fp32":
+            return "adds up fp8 products in tensor cores, which keep 14 bits"
+        if fp8 and "mn" in (problem.a_major, problem.b_major):
+            return "multiplies fp8 operands contiguous along k"
+        if not problem.vector or not problem.in_order or problem.k == 0:
+            return "reads rows in order, in 16-byte pieces"
+        if problem.grouped:
+            return "leaves segments to other kernels"
+        if problem.scale_block not in (0, 128) or (problem.scale_block and (problem.column_scales or not fp8)):
+            return "scales sums of 128 fp8 values along k only, of 128 columns"
+        return None
+
+    def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
+        """The cheapest few of all that fit."""
+        every = (c for c in _configs(problem, device) if smem(problem, c) <= arch.get("sm_90a").max_smem)
+        return tuple(sorted(every, key=lambda c: self.cost(problem, c, device))[:16])
+
+    def cost(self, problem: Problem, config: Config, device: Device) -> float:
+        """What the busiest SM multiplies, or shared memory, L2 or memory give, whatever takes longest; the ends of tiles; the launch."""
+        bytes_each = ELEMENTS[problem.a].bits // 8
+        tiles = _tiles(problem, config)
+        rounds = ceil_div(tiles, config.clusters)
+        steps = ceil_div(ceil_div(problem.k * bytes_each, _LINE), config.split)
+        rows, columns = config.rows, config.columns
+        products = rows * columns * 4 / 128 * (1 + _PROMOTE * promotes(problem))  # 32 bytes of k are 64 x columns in columns / 2 clocks
+        fill = (rows + columns) * _LINE
+        read = config.waves * config.warpgroups * (64 + columns) * _LINE
+        step = max(products, (fill + read) / _SHARED_BYTES_PER_CLOCK)
+        ends = _TILE_CLOCKS + _SUM_CLOCKS * rows * columns * (1 + config.split) / 2
+        busy = rounds * (steps * step + ends)
+        brought = steps * (rows / config.share_a + columns / config.share_b) * _LINE * config.cluster
+        l2 = tiles * brought / _L2_BYTES_PER_CLOCK
+        clock = device.clock_khz * 1e-3
+        values = problem.batch * (problem.m + problem.n) * problem.k * bytes_each + problem.batch * problem.m * problem.n * 2
+        memory = values / (device.read_gbs * 1e3)
+        return _LAUNCH_US + _CLUSTER_US * (config.cluster > 1) + max(max(busy, l2) / clock, memory)
+
+    def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
+        problem, most = call.problem, _tiles(call.problem._replace(m=call.m, batch=call.batch), config)
+        clusters = most if config.split > 1 else min(most, config.clusters)
+        pdl = problem.pdl and "prefetch"  # it waits before it reads anything
+        *before, step = gemm.steps(
+            call, self.name, _defines(problem, config), clusters * config.cluster, config.threads, smem(problem, config), pdl, clusters
+        )  # fmt: skip
+        assert isinstance(step, Step)
+        return (*before, step._replace(maps=_maps(call, config)))
+
+
+def promotes(problem: Problem) -> bool:
+    """Whether sums leave the tensor cores after each step."""
+    return problem.a in FLOATS8 and (problem.scale_block > 0 or problem.accumulate == "promoted")
+
+
+def _configs(problem: Problem, device: Device) -> list[Config]:
+    multiple = _PANEL if problem.b_major == "mn" else 16
+    found = []
+    for warpgroups, waves in _SHAPES:
+        for columns in range(multiple, _MOST_SUMS[promotes(problem), waves] + 1, multiple):
+            if problem.scale_block and columns > 128 and 128 % (columns - 128):
+                continue  # columns under three scales
+            for share_a, share_b, split in ((1, 1, 1), (2, 1, 1), (1, 2, 1), *((1, 1, split) for split in _SPLITS)):
+                config = Config(columns, warpgroups, waves, _MOST_STAGES, share_a, share_b, split)
+                if columns % (16 * split) or not _worth(problem, config, device):
+                    continue
+                fitting = (config._replace(stages=stages) for stages in range(_MOST_STAGES, 2, -1))
+                config = next((c for c in fitting if smem(problem, c) <= arch.get("sm_90a").max_smem), config)
+                resident = int(device.sm_count * REACHED[config.cluster] // config.cluster)
+                tiles = _tiles(problem, config)
+                # As few as need no more rounds: those read each other's operands from L2.
+                clusters = tiles if split > 1 else ceil_div(tiles, ceil_div(tiles, resident))
+                found.append(config._replace(clusters=clusters))
+    return found
+
+
+def _worth(problem: Problem, config: Config, device: Device) -> bool:
+    """Whether there are tiles for all CTAs of a cluster, and, where they cut k, few of them, and some steps for each."""
+    if config.split == 1:
+        return problem.m > (config.share_b - 1) * config.rows and problem.n > (config.share_a - 1) * config.columns
+    steps = ceil_div(problem.k * ELEMENTS[problem.a].bits // 8, _LINE)
+    each = ceil_div(steps, config.split)
+    return (
+        _tiles(problem, config) * config.split <= device.sm_count * REACHED[config.split]
+        and each >= 4
+        and each * (config.split - 1) < steps
+    )
+
+
+def _tiles(problem: Problem, config: Config) -> int:
+    """That clusters take, one after the other."""
+    rows, columns = config.rows * config.share_b, config.columns * config.share_a
+    return problem.batch * ceil_div(problem.m, rows) * ceil_div(problem.n, columns)
+
+
+def smem(problem: Problem, config: Config) -> int:
+    """Ring, barriers, lines of results and what scales columns: `Ring` of the kernel."""
+    columns = ceil_div(config.columns, _PANEL) * _PANEL if problem.b_major == "mn" else config.columns
+    ring = config.stages * (config.rows + columns) * _LINE
+    return ring + ceil_div(config.stages * 16, 128) * 128 + 4 * config.warpgroups * (2048 + 8 * config.columns)
+
+
+def _maps(call: GemmCall, config: Config) -> tuple[TensorMap, ...]:
+    problem, size = call.problem, ELEMENTS[call.problem.a].bits // 8
+    line = _LINE // size
+
+    def of(pointer: int, rows: int, matrices: int, strides: tuple[int, int, int], major: str, part: int, shared: int) -> TensorMap:
+        matrix, row, k = strides
+        if major == "k":
+            axes, along, box = (call.k, rows), row, (line, part // shared, 1)
+        else:
+            axes, along, box = (rows, call.k), k, (_PANEL, _PANEL // shared, 1)
+        pitch = along * size or ceil_div(axes[0] * size, 16) * 16  # of an axis of length 1
+        apart = matrix * size or pitch * axes[1]
+        return TensorMap(pointer, size, (*axes, matrices if matrix else 1), (pitch, apart), box)
+
+    return (
+        of(A, call.a_rows, call.batch, call.a_strides, problem.a_major, config.rows, config.share_a),
+        of(B, call.n, call.experts if call.segments else call.batch, call.b_strides, problem.b_major, config.columns, config.share_b),
+    )
+
+
+def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
+    return (
+        ("A_ELEMENT", ELEMENTS[problem.a].code),
+        ("A_SCALE", 0),
+        ("B_ELEMENT", ELEMENTS[problem.b].code),
+        ("B_SCALE", 0),
+        ("A_MAJOR", int(problem.a_major == "mn")),
+        ("B_MAJOR", int(problem.b_major == "mn")),
+        ("SCALE_BLOCK", problem.scale_block),
+        ("PROMOTE", int(promotes(problem))),
+        ("BLOCK_N", config.columns),
+        ("WARPGROUPS", config.warpgroups),
+        ("WAVES", config.waves),
+        ("STAGES", config.stages),
+        ("SHARE_A", config.share_a),
+        ("SHARE_B", config.share_b),
+        ("SPLIT", config.split),
+    )
+
+
+KERNEL = Hopper()
