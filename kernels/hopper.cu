@@ -74,13 +74,15 @@ constexpr int kClusterM = kBlockM * SHARE_B, kClusterN = BLOCK_N * SHARE_A;
 // Tiles of clusters; of segments, as many as any lengths need.
 __device__ __forceinline__ u32 tiles_of(const Args& args) {
     const u32 columns = ceil_div(args.n, kClusterN);
-    const u32 rows = args.grouped == 1 ? args.m / kClusterM + smaller(args.batch, args.m) : args.batch * ceil_div(args.m, kClusterM);
+    const u32 rows = GROUPED ? args.m / kClusterM + smaller(args.batch, args.m) : args.batch * ceil_div(args.m, kClusterM);
     return rows * columns;
 }
 __device__ __forceinline__ Work work_of(const Args& args, u32 number, int rank) {
-    Work work = args.grouped == 0   ? dense_work<kClusterM, kClusterN>(args, number)
-                : args.grouped == 1 ? grouped_work<kClusterM, kClusterN>(args, number)
-                                    : masked_work<kClusterM, kClusterN>(args, number);
+    Work work;
+    if constexpr (GROUPED)
+        work = grouped_work<kClusterM, kClusterN>(args, number);
+    else
+        work = args.grouped == 0 ? dense_work<kClusterM, kClusterN>(args, number) : masked_work<kClusterM, kClusterN>(args, number);
     if (SHARE_B > 1) work.row_begin += rank * kBlockM;
     if (SHARE_A > 1) work.column_begin += rank * BLOCK_N;
     return work;
@@ -189,7 +191,7 @@ struct Tiles {
 __device__ __forceinline__ void release(const Ring& ring, u32 slot, const Place& at) {
     delay();
     if constexpr (kSharing > 1) {
-        if (at.lane < kSharing) mbarrier_arrive_remote(ring.empty(slot), at.lane);
+        if (at.lane < kSharing) mbarrier_return_remote(ring.empty(slot), at.lane);
     } else if (at.lane == 0) {
         mbarrier_arrive(ring.empty(slot));
     }
@@ -221,7 +223,8 @@ __device__ __forceinline__ void multiply_all(Sums& sum, Ring& ring, const Place&
 
 // Floats that scale the sums of a step.
 struct StepScales {
-    static constexpr bool kOne = 128 % BLOCK_N == 0;  // block of columns in a tile, else up to two
+    static constexpr int kTogether = smaller(128, BLOCK_N & -BLOCK_N);  // columns that are in one block in any tile
+    static constexpr bool kOne = kTogether == BLOCK_N;                  // block in a tile, else up to two
     RowScales<WAVES * 2> of_a;
     RowScales<2> of_b;
     i32 border;  // columns of the first block
@@ -250,14 +253,17 @@ struct StepScales {
         of_b.load(args.b_scales, step * SCALE_BLOCK >> args.b_scales.shift, b);
     }
     __device__ __forceinline__ void add(float (&sum)[kBlocks][4], const float (&part)[kBlocks][4], int wave) const {
-        float factor[2][2];
+        float factor[2][2], f[2];
 #pragma unroll
         for (int i = 0; i < 4; ++i) factor[i / 2][i % 2] = a[wave * 2 + i / 2] * b[i % 2];
 #pragma unroll
         for (int j = 0; j < kBlocks; ++j) {
-            const bool second = !kOne && j * 8 >= border;
+            if (j * 8 % kTogether == 0) {
+                const bool second = !kOne && j * 8 >= border;
+                f[0] = second ? factor[0][1] : factor[0][0], f[1] = second ? factor[1][1] : factor[1][0];
+            }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sum[j][i] += (second ? factor[i / 2][1] : factor[i / 2][0]) * part[j][i];
+            for (int i = 0; i < 4; ++i) sum[j][i] += f[i / 2] * part[j][i];
         }
     }
 };
@@ -307,51 +313,36 @@ __device__ __forceinline__ void load_columns(const Args& args, const Work& work,
     __syncwarp();
 }
 
-// Stores 16 rows of a warp and 8 kCount columns, `first` of the tile's and those behind it.
+// Stores 16 rows of a warp and 8 kCount columns, `first` of the tile's and those behind it: chunk by chunk, through lines in shared memory.
 template <int kCount>
 struct Store {
     const Args& args;
     const Work& work;
     const Place& at;
+    const float (&sum)[kCount][4];
     i32 row;  // of lane g; that of its other half is 8 on
     int first;
-    u32 columns, lines;  // lines: 16 of 128 bytes, the results of 64 columns, or of 32 where those are not 16 bits, or not contiguous
+    u32 columns, lines;  // lines: 16 of 128 bytes
+    float of_row[2], alpha;
 
-    // sum * row[m] * column[n] * alpha + bias[n], in this order.
-    __device__ __forceinline__ void operator()(const float (&sum)[kCount][4]) const {
-        const float of_row[2] = {row_scale(row), row_scale(row + 8)};
-        const float alpha = args.alpha ? load_float(args.alpha, 0, args.alpha_type) : args.alpha_value;
+    __device__ __forceinline__ Store(const Args& args, const Work& work, const Place& at, const float (&sum)[kCount][4], i32 row, int first,
+                                     const Ring& ring)
+        : args(args),
+          work(work),
+          at(at),
+          sum(sum),
+          row(row),
+          first(first),
+          columns(ring.columns(at.warp)),
+          lines(ring.lines(at.warp)),
+          of_row{row_scale(row), row_scale(row + 8)},
+          alpha(args.alpha ? load_float(args.alpha, 0, args.alpha_type) : args.alpha_value) {
         const bool whole = args.out_type != kFp32 && args.out_column == 1 && args.bias_row == 0 &&
                            (args.out | (args.out_row | args.out_batch) * 2) % 16 == 0;
-#pragma unroll
-        for (int j = 0; j < kCount; j += 2) {
-            float x[2][4];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const Chunk c = load_shared_16(columns + (first + (j + i) * 8 + at.t * 2) * 8);
-#pragma unroll
-                for (int v = 0; v < 4; ++v)
-                    x[i][v] =
-                        sum[j + i][v] * of_row[v / 2] * __uint_as_float(c.word[v % 2 * 2]) * alpha + __uint_as_float(c.word[v % 2 * 2 + 1]);
-            }
-            if (whole) {
-                const u32 to = line(at.lane % 16, j % 8 + at.lane / 16);
-                if (args.out_type == kBf16)
-                    store_matrix_x4(to, pack_bf16(x[0][0], x[0][1]), pack_bf16(x[0][2], x[0][3]), pack_bf16(x[1][0], x[1][1]),
-                                    pack_bf16(x[1][2], x[1][3]));
-                else
-                    store_matrix_x4(to, pack_fp16(x[0][0], x[0][1]), pack_fp16(x[0][2], x[0][3]), pack_fp16(x[1][0], x[1][1]),
-                                    pack_fp16(x[1][2], x[1][3]));
-                if (j % 8 == 6) store_lines<8>(j - 6);
-                if (j == kCount - 2 && kCount % 8) store_lines<kCount % 8>(kCount / 8 * 8);
-            } else {
-#pragma unroll
-                for (int v = 0; v < 4; ++v)
-                    store_shared_8(line(at.g + v % 2 * 8, (j + v / 2) % 4 * 2 + at.t / 2) + at.t % 2 * 8,
-                                   __float_as_uint(x[v / 2][v % 2 * 2]), __float_as_uint(x[v / 2][v % 2 * 2 + 1]));
-                if (j % 4 == 2 || j == kCount - 2) store_values(j / 4 * 4);
-            }
-        }
+        if (whole)
+            store_chunks<8>([&](int block) { store_lines(block); });
+        else
+            store_chunks<4>([&](int block) { store_values(block); });
     }
 
   private:
@@ -365,44 +356,91 @@ struct Store {
     __device__ __forceinline__ i64 place(i32 m, i32 n) const {
         return work.batch * args.out_batch + m * args.out_row + n * args.out_column;
     }
-    // 16-bit results of kPieces blocks from `block` on, 16 bytes each.
-    template <int kPieces>
-    __device__ __forceinline__ void store_lines(int block) const {
-        __syncwarp();
+
+    // kEach blocks fill the lines. NOTE: a loop, so that what stores them is there once; nothing is to be computed ahead of it.
+    template <int kEach, class StoreChunk>
+    __device__ __forceinline__ void store_chunks(StoreChunk store) {
+#pragma unroll 1
+        for (int block = 0; block < kCount; block += kEach) {
+            hold(of_row[0]);
+            hold(of_row[1]);
+            put<kEach, 0>(block);
+            __syncwarp();
+            store(block);
+            __syncwarp();
+        }
+    }
+    template <int kEach, int kBlock>
+    __device__ __forceinline__ void put(int block) const {
+        if (block == kBlock) {
 #pragma unroll
-        for (int i = 0; i < kPieces / 2; ++i) {
-            const int number = i * 32 + at.lane, r = number / kPieces, piece = number % kPieces;
-            const i32 m = row - at.g + r, n = work.column_begin + first + (block + piece) * 8;
-            if (m >= work.row_end || n >= args.n) continue;
-            const Chunk c = load_shared_16(line(r, piece));
+            for (int j = kBlock; j < smaller(kBlock + kEach, kCount); j += 2) put_pair<kEach == 8>(j, j - kBlock);
+        } else if constexpr (kBlock + kEach < kCount) {
+            put<kEach, kBlock + kEach>(block);
+        }
+    }
+    // Blocks j and j + 1, as 16-bit values or floats. sum * row[m] * column[n] * alpha + bias[n], in this order.
+    template <bool k16Bits>
+    __device__ __forceinline__ void put_pair(int j, int to) const {
+        float x[2][4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const Chunk c = load_shared_16(columns + (first + (j + i) * 8 + at.t * 2) * 8);
+#pragma unroll
+            for (int v = 0; v < 4; ++v)
+                x[i][v] =
+                    sum[j + i][v] * of_row[v / 2] * __uint_as_float(c.word[v % 2 * 2]) * alpha + __uint_as_float(c.word[v % 2 * 2 + 1]);
+        }
+        if constexpr (k16Bits) {
+            u32 word[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float low = x[i / 2][i % 2 * 2], high = x[i / 2][i % 2 * 2 + 1];
+                word[i] = args.out_type == kBf16 ? pack_bf16(low, high) : pack_fp16(low, high);
+            }
+            store_matrix_x4(line(at.lane % 16, to + at.lane / 16), word[0], word[1], word[2], word[3]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                store_shared_8(line(at.g + i % 2 * 8, (to + i / 2) * 2 + at.t / 2) + at.t % 2 * 8, __float_as_uint(x[i / 2][i % 2 * 2]),
+                               __float_as_uint(x[i / 2][i % 2 * 2 + 1]));
+        }
+    }
+    // 16-bit results, 8 at a time.
+    __device__ __forceinline__ void store_lines(int block) const {
+        const int piece = at.lane % 8;
+        const i32 n = work.column_begin + first + (block + piece) * 8;
+        if (block + piece >= kCount || n >= args.n) return;
+#pragma unroll
+        for (int r = at.lane / 8; r < 16; r += 4) {
+            const i32 m = row - at.g + r;
+            if (m >= work.row_end) return;
             u16* to = reinterpret_cast<u16*>(args.out) + place(m, n);
             if (n + 8 <= args.n) {
-                *reinterpret_cast<Chunk*>(to) = c;
+                *reinterpret_cast<Chunk*>(to) = load_shared_16(line(r, piece));
                 continue;
             }
 #pragma unroll 1
             for (int v = 0; n + v < args.n; ++v) to[v] = static_cast<u16>(load_shared_u16(line(r, piece) + 2 * v));
         }
-        __syncwarp();
     }
-    // Results of 4 blocks as floats, 4 by 4.
+    // Floats, 4 at a time.
     __device__ __forceinline__ void store_values(int block) const {
-        __syncwarp();
+        const i32 n = work.column_begin + first + block * 8 + at.lane % 8 * 4;
+        const i32 count = smaller(4, smaller(args.n, work.column_begin + first + kCount * 8) - n);
 #pragma unroll 1
         for (int r = at.lane / 8; r < 16; r += 4) {
-            const i32 m = row - at.g + r, n = work.column_begin + first + block * 8 + at.lane % 8 * 4;
-            const i32 end = smaller(args.n, work.column_begin + first + kCount * 8);
-            if (m >= work.row_end || n >= end) continue;
+            const i32 m = row - at.g + r;
+            if (m >= work.row_end || count <= 0) return;
             const Chunk c = load_shared_16(line(r, at.lane % 8));
             float x[4];
 #pragma unroll
             for (int v = 0; v < 4; ++v) {
                 x[v] = __uint_as_float(c.word[v]);
-                if (args.bias_row != 0 && n + v < end) x[v] += load_float(args.bias, m * args.bias_row + n + v, args.bias_type);
+                if (args.bias_row != 0 && v < count) x[v] += load_float(args.bias, m * args.bias_row + n + v, args.bias_type);
             }
-            store_four(args.out, place(m, n), args.out_column, args.out_type, x, smaller(4, end - n));
+            store_four(args.out, place(m, n), args.out_column, args.out_type, x, count);
         }
-        __syncwarp();
     }
 };
 
@@ -434,8 +472,7 @@ __device__ __forceinline__ void meet(const Sums& sum, const Ring& ring, const Ar
                 for (int v = 0; v < 4; ++v) total[j][v] += __uint_as_float(c.word[v]);
             }
         const i32 row = work.row_begin + StepScales::row_in_tile(at, wave);
-        const Store<kOwn> store{args, work, at, row, rank * kOwn * 8, ring.columns(at.warp), ring.lines(at.warp)};
-        store(total);
+        Store<kOwn>(args, work, at, total, row, rank * kOwn * 8, ring);
     }
 }
 
@@ -466,8 +503,7 @@ __device__ __forceinline__ void consume(const TensorArgs& args, Ring ring, const
 #pragma unroll
             for (int wave = 0; wave < WAVES; ++wave) {
                 const i32 row = work.row_begin + StepScales::row_in_tile(at, wave);
-                const Store<kBlocks> store{args, work, at, row, 0, ring.columns(at.warp), ring.lines(at.warp)};
-                store(sum[wave]);
+                Store<kBlocks>(args, work, at, sum[wave], row, 0, ring);
             }
         }
     }

@@ -66,6 +66,12 @@ int cuEventDestroy_v2(uint64_t e) { seen_calls[2] = e; return 0; }
 int cuMemsetD2D8Async(uint64_t p, size_t pitch, unsigned char v, size_t w, size_t h, uint64_t s) {
   uint64_t a[6] = {p, pitch, v, w, h, s}; memcpy(seen_calls, a, sizeof a); return 0;
 }
+int cuTensorMapEncodeTiled(void *map, int type, unsigned rank, void *p, const uint64_t *size, const uint64_t *pitch, const uint32_t *box,
+                           const uint32_t *step, int interleave, int swizzle, int l2, int fill) {
+  uint64_t a[16] = {(uint64_t)map % 64, type, rank, (uint64_t)p, size[0], size[1], size[2], pitch[0], pitch[1], box[0], box[1], box[2],
+                    step[0] * step[1] * step[2], interleave * 1000 + swizzle * 100 + l2 * 10 + fill};
+  memcpy(seen_calls, a, sizeof a); memset(map, 0x5A, 128); return box[0] > 256;
+}
 """
 
 BIG = 0xFEDC_BA98_7654_3210  # a handle or address that 32 bits, or a signed 64, would mangle
@@ -269,6 +275,17 @@ def test_events(stub: Stub) -> None:
 def test_memset(stub: Stub) -> None:
     stub.driver.memset_2d(BIG, 1 << 33, 1 << 32, 7, BIG + 1)
     assert stub.calls()[:6] == [BIG, 1 << 33, 0, 1 << 32, 7, BIG + 1]
+
+
+def test_tensor_map(stub: Stub) -> None:
+    """128-byte swizzle, promotion to 256 bytes in L2, zeros from outside; the driver wants its memory at a multiple of 64."""
+    encoded = stub.driver.tensor_map(BIG, 2, (1 << 32, 7, 3), (1 << 39, 48), (64, 128, 1))
+    assert encoded == b"\x5a" * 128
+    assert stub.calls()[:14] == [0, 1, 3, BIG, 1 << 32, 7, 3, 1 << 39, 48, 64, 128, 1, 1, 330]
+    stub.driver.tensor_map(16, 1, (128, 7, 3), (128, 896), (128, 128, 1))
+    assert stub.calls()[1] == 0
+    with pytest.raises(CudaError, match=r"cuTensorMapEncodeTiled: CUDA_ERROR_INVALID_VALUE \(1, invalid argument\)"):
+        stub.driver.tensor_map(16, 1, (128, 7, 3), (128, 896), (257, 128, 1))
 
 
 def test_functions(stub: Stub) -> None:

@@ -93,7 +93,7 @@ extern "C" __global__ void remote(const Args args) {
 
 def launch(name: str, source: str, defines: tuple[tuple[str, int | str], ...], threads: int, smem: int, arrays: list[Array],
            tail: tuple[int, int], seed: int, eager: bool = False, grid: int = 1) -> None:  # fmt: skip
-    (emulated._sources() / f"{name}.cu").write_text('#include "common/ptx.cuh"\n' + source)
+    (emulated._sources() / f"{name}.cu").write_text('#include "common/hopper.cuh"\n' + source)
     step = Step(name, defines, grid, threads, smem, tuple(range(len(arrays))), (), np.array(tail, np.int32).tobytes())  # type: ignore[arg-type]
     emulated._launch(step, [x.ctypes.data for x in arrays], [], "sm_90a", seed, eager)
 

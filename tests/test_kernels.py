@@ -1,8 +1,8 @@
 """The real kernel sources, compiled by NVRTC for every architecture: no error, no spilled register, no remark that means a slow kernel.
 
 Which cubins: every pair of decodes on every arch, each with a tile, majors, VECTOR and SCALE_BLOCK dealt out so that all of them meet;
-every loader with all of those; every tile that the cost model picks for the shapes the benchmarks use, and every way to cut k; of skinny
-and swap_ab every pair, and every two values of their configs' axes; what the documented examples take; every mode of the helper kernels.
+every loader with all of those; every tile that the cost model picks for the shapes the benchmarks use, and every way to cut k; of skinny,
+swap_ab and hopper every pair, and every two values of their configs' axes; what the documented examples take; every mode of the helper kernels.
 The static assertions in the sources check shared memory and argument structs on the way.
 """
 
@@ -20,7 +20,7 @@ from conftest import ROOT
 from cugemm import arch, compile, formats, problem, select
 from cugemm.arch import Device
 from cugemm.arrays import View, dense_strides
-from cugemm.catalog import Step, portable, skinny, swap_ab
+from cugemm.catalog import Step, hopper, portable, skinny, swap_ab
 from cugemm.compile import Job
 from cugemm.conversion import QuantizeOptions
 from cugemm.problem import OPS, GemmCall, GemmOptions, Problem
@@ -238,6 +238,47 @@ def few_rows_cover(name: str, target: str) -> tuple[tuple[Problem, Any], ...]:
     return tuple(rows)
 
 
+# --- many rows on Hopper --------------------------------------------------------------------------------------------------------------
+
+HOPPER_PAIRS = (
+    *((e, e, a_major, b_major) for e, a_major, b_major in itertools.product(("bf16", "fp16"), ("k", "mn"), ("k", "mn"))),
+    *((a, b, "k", "k") for a, b in itertools.product(("e4m3", "e5m2"), repeat=2)),
+)
+MOST_HOPPER = 80
+
+
+@functools.cache
+def hopper_pool() -> tuple[tuple[tuple[Problem, hopper.Config], frozenset[Any]], ...]:
+    """Every build that any shape could ask for, and every two values of what its macros say."""
+    found: dict[Any, tuple[Problem, hopper.Config]] = {}
+    shapes = tuple(itertools.product((64, 200, 4096), (96, 2112, 8192), (512, 16384)))
+    for (a, b, a_major, b_major), block, accumulate in itertools.product(HOPPER_PAIRS, (0, 128), ("fast", "promoted")):
+        question = Choice("sm_90a", (a, b), 0, a_major, b_major, True, block).question()
+        question = question._replace(backend="hopper", accumulate=accumulate, in_order=True)
+        if hopper.KERNEL.refuse(question) is None:
+            for m, n, k in shapes:
+                asked = question._replace(m=m, n=n, k=k)
+                for config in hopper._configs(asked, arch.H100):
+                    if hopper.smem(asked, config) <= arch.get("sm_90a").max_smem:
+                        found.setdefault(hopper._defines(asked, config), (asked, config))
+    return tuple(
+        (choice, frozenset(itertools.combinations(((name, value) for name, value in defines if name not in ("A_SCALE", "B_SCALE")), 2)))
+        for defines, choice in found.items()
+    )
+
+
+@functools.cache
+def hopper_cover() -> tuple[tuple[Problem, hopper.Config], ...]:
+    """The build that shows most combinations not seen before, until all are."""
+    pool, seen, rows = hopper_pool(), set[Any](), []
+    while True:
+        choice, axes = max(pool, key=lambda row: len(row[1] - seen))
+        if axes <= seen:
+            return tuple(rows)
+        rows.append(choice)
+        seen |= axes
+
+
 @functools.cache
 def layer_calls() -> tuple[GemmCall, ...]:
     return tuple(linear_call(m, n, k, *layer) for (n, k), m, layer in itertools.product(NK, MS, LAYERS))
@@ -263,6 +304,9 @@ def jobs_of(target: str) -> list[Job]:
         for question, few in few_rows_cover(name, target):
             for step in kernel.steps(template._replace(problem=question), few):
                 add(step)
+    for question, many in hopper_cover() if target == "sm_90a" else ():
+        for step in hopper.KERNEL.steps(template._replace(problem=question), many):
+            add(step)
     for call in layer_calls():
         question = call.problem._replace(arch=target)
         best = select.choose(question, DEVICES[target]).best
@@ -311,6 +355,17 @@ def test_the_cover_of_few_rows(name: str, target: str) -> None:
     assert all(isinstance(step, Step) and 0 < step.smem <= found.max_smem for step in steps)
 
 
+def test_the_cover_of_hopper() -> None:
+    """Both ways to add up, every operand type and major, every way to cut the work."""
+    defines = [dict(hopper._defines(*row)) for row in hopper_cover()]
+    assert len(defines) <= MOST_HOPPER
+    assert {d["BLOCK_N"] for d in defines} == set(range(16, 257, 16))
+    assert {(d["WARPGROUPS"], d["WAVES"]) for d in defines} == {(1, 1), (2, 1), (2, 2)}
+    assert {(d["SHARE_A"], d["SHARE_B"], d["SPLIT"]) for d in defines} == {(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 4), (1, 1, 8)}
+    assert {(d["A_ELEMENT"], d["B_ELEMENT"]) for d in defines} == {(0, 0), (1, 1), (2, 2), (2, 3), (3, 2), (3, 3)}
+    assert {(d["PROMOTE"], d["SCALE_BLOCK"]) for d in defines} == {(0, 0), (1, 0), (1, 128)}
+
+
 def test_swap_ab_is_for_one_arch() -> None:
     assert [target for target in ARCHS if few_rows_cover("swap_ab", target)] == ["sm_90a"]
 
@@ -319,7 +374,7 @@ def test_every_decode_and_mode_appears() -> None:
     jobs = jobs_of("sm_90a")
     kernels = {path.stem for path in (ROOT / "kernels").glob("*.cu")}
     assert {job.stem for job in jobs} == kernels - {"stream", "reduce"}, "stream is the benchmark's own"
-    assert {job.stem for job in jobs_of("sm_80")} == kernels - {"stream", "swap_ab"}
+    assert {job.stem for job in jobs_of("sm_80")} == kernels - {"stream", "swap_ab", "hopper"}
     gemms = [job.defines for job in jobs if job.stem == "portable"]
     assert len({(d["A_ELEMENT"], d["A_SCALE"], d["B_ELEMENT"], d["B_SCALE"]) for d in gemms}) == len(PAIRS)
     assert {d["SCALE_BLOCK"] for d in gemms} == set(SCALE_BLOCKS)

@@ -107,7 +107,8 @@ class Hopper:
         return tuple(sorted(every, key=lambda c: self.cost(problem, c, device))[:16])
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        """What the busiest SM multiplies, or shared memory, L2 or memory give, whatever takes longest; the ends of tiles; the launch."""
+        """What the busiest SM multiplies, or its shared memory gives, with the ends of tiles; what L2 gives, and memory; whatever takes
+        longest, and a little for the others; the launch."""
         bytes_each = ELEMENTS[problem.a].bits // 8
         tiles = _tiles(problem, config)
         rounds = ceil_div(tiles, config.clusters)
@@ -124,7 +125,7 @@ class Hopper:
         clock = device.clock_khz * 1e-3
         values = problem.batch * (problem.m + problem.n) * problem.k * bytes_each + problem.batch * problem.m * problem.n * 2
         memory = values / (device.read_gbs * 1e3)
-        return _LAUNCH_US + _CLUSTER_US * (config.cluster > 1) + max(max(busy, l2) / clock, memory)
+        return _LAUNCH_US + _CLUSTER_US * (config.cluster > 1) + ((busy / clock) ** 4 + (l2 / clock) ** 4 + memory**4) ** 0.25
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
         problem, most = call.problem, _tiles(call.problem._replace(m=call.m, batch=call.batch), config)
@@ -219,6 +220,7 @@ def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
         ("B_MAJOR", int(problem.b_major == "mn")),
         ("SCALE_BLOCK", problem.scale_block),
         ("PROMOTE", int(promotes(problem))),
+        ("GROUPED", int(problem.grouped)),
         ("BLOCK_N", config.columns),
         ("WARPGROUPS", config.warpgroups),
         ("WAVES", config.waves),

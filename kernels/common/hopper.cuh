@@ -18,6 +18,12 @@ __device__ __forceinline__ void mbarrier_arrive_remote(u32 barrier, u32 rank) { 
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(p) : "r"(barrier), "r"(rank));
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(p) : "memory");
 }
+// The same of what was only read, and may be overwritten. NOTE: with a release the whole cluster sees, the warp would wait for all its stores.
+__device__ __forceinline__ void mbarrier_return_remote(u32 barrier, u32 rank) {
+    u32 p;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(p) : "r"(barrier), "r"(rank));
+    asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(p) : "memory");
+}
 // Until the phase of this parity has ended; what was written before the arrivals is then there: by threads of the CTA, or of its cluster.
 __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
     asm volatile(

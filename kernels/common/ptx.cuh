@@ -226,6 +226,7 @@ __device__ __forceinline__ void copy_async_16_streaming(u32 shared, const void* 
 }
 // From here on x is in a register: the compiler does not compute it again wherever it is used.
 __device__ __forceinline__ void hold(u32& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void hold(float& x) { asm volatile("" : "+f"(x)); }
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 template <int kBytes>  // 4, 8 or 16
 __device__ __forceinline__ void copy_async(u32 shared, const void* global) {

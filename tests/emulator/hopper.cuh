@@ -169,6 +169,7 @@ inline void mbarrier_init(u32 barrier, u32 arrivals) {
 inline void mbarrier_init_done() {}  // initialisation is seen at once: to leave this out does not show
 inline void mbarrier_arrive(u32 barrier) { emulator::arrive(emulator::mbarrier(barrier, emulator::self->cta)); }
 inline void mbarrier_arrive_remote(u32 barrier, u32 rank) { emulator::arrive(emulator::mbarrier(barrier, rank)); }
+inline void mbarrier_return_remote(u32 barrier, u32 rank) { mbarrier_arrive_remote(barrier, rank); }
 inline void mbarrier_arrive_expecting(u32 barrier, u32 bytes) {
     emulator::mbarrier(barrier, emulator::self->cta).bytes += bytes;
     mbarrier_arrive(barrier);

@@ -180,6 +180,7 @@ inline u16 encode_e4m3_sm89(float low, float high) { return emulator::to_fp8(low
 inline u16 encode_e5m2_sm89(float low, float high) { return emulator::to_fp8(low, 5, 15) | emulator::to_fp8(high, 5, 15) << 8; }
 
 inline void hold(u32&) {}
+inline void hold(float&) {}
 inline void copy_async_16_streaming(u32 shared, const void* global) { emulator::copy_async(shared, global, 16, 16); }
 inline void prefetch_l2(const void*) {}
 template <int kBytes>

@@ -1,0 +1,340 @@
+"""kernels/hopper.cu on the CPU: in the emulator against the oracles, with every way to cut the work; what it takes; its tensor maps."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import emulated
+import format_oracles as formats
+import numpy as np
+import oracles
+import pytest
+from emulated import emulated as emulate
+from gpu_arrays import delayed
+from oracles import Array
+from test_emulated import operand, views
+
+import cugemm
+from cugemm import NoKernelError, Quantized, Spec, arch, driver, launch, packed, select
+from cugemm.catalog import Step, TensorMap, hopper
+from cugemm.catalog.hopper import Config
+from cugemm.problem import BUCKETS
+
+emulating = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@contextmanager
+def chosen(config: Config, clusters: int = 3) -> Iterator[None]:
+    """This config, with so few clusters that each has several tiles."""
+    usual = hopper.Hopper.candidates
+
+    def candidates(self: Any, problem: Any, device: Any) -> tuple[Config, ...]:
+        tiles = hopper._tiles(problem, config)
+        return (config._replace(clusters=tiles if config.split > 1 else min(tiles, clusters)),)
+
+    hopper.Hopper.candidates = candidates  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        hopper.Hopper.candidates = usual  # type: ignore[method-assign]
+
+
+def multiply(config: Config, x: Any, w: Any, out: Array, *, seed: int = 1, eager: bool = False, **options: Any) -> None:
+    with chosen(config), emulate(seed=seed, eager=eager) as ran:
+        cugemm.linear(x, w, out=out, backend="hopper", **options)
+    assert ran == ["hopper"]
+
+
+#  columns, warpgroups, waves, stages, share_a, share_b, split
+CASES = (
+    ("bf16", "bf16", (70, 40, 200), (32, 1, 1, 3), "bfloat16", "fast"),
+    ("fp16", "fp16", (130, 168, 264), (64, 2, 1, 4, 1, 2), "float32", "fast"),
+    ("bf16", "bf16", (300, 168, 264), (64, 2, 1, 4, 2, 1), "float16", "fast"),
+    ("bf16", "bf16", (128, 300, 64), (256, 2, 1, 3), "bfloat16", "fast"),
+    ("fp16", "fp16", (257, 200, 136), (128, 2, 2, 3, 2, 1), "float16", "fast"),
+    ("bf16", "bf16", (65, 130, 2000), (128, 1, 1, 4, 1, 1, 8), "bfloat16", "fast"),
+    ("fp16", "fp16", (100, 70, 1400), (64, 2, 1, 4, 1, 1, 4), "float32", "promoted"),
+    ("e4m3", "e5m2", (300, 130, 400), (48, 2, 2, 3), "float16", "fast"),
+    ("e5m2", "e4m3", (64, 16, 2064), (16, 1, 1, 8), "bfloat16", "fast"),
+    ("e5m2", "e5m2", (130, 100, 1200), (32, 2, 1, 4, 1, 1, 2), "bfloat16", "promoted"),
+    ("fp8_row", "fp8_row", (300, 130, 400), (48, 2, 2, 3, 1, 2), "float16", "promoted"),
+    ("fp8_tensor", "fp8_row", (200, 230, 272), (176, 2, 1, 3), "bfloat16", "fast"),
+    ("fp8_group", "fp8_block", (130, 330, 400), (48, 2, 1, 3), "bfloat16", "promoted"),
+    ("fp8_group", "fp8_block", (130, 570, 1040), (192, 2, 1, 3, 1, 2), "float32", "fast"),
+    ("fp8_group", "fp8_block", (257, 260, 640), (128, 2, 2, 3, 2, 1), "bfloat16", "fast"),
+    ("fp8_group", "fp8_block", (70, 470, 2000), (160, 1, 1, 4, 1, 1, 2), "bfloat16", "promoted"),
+    ("fp8_group", "fp8_tensor", (70, 200, 384), (112, 2, 1, 3), "float16", "fast"),
+    ("fp8_row", "fp8_block", (70, 200, 384), (144, 1, 1, 3), "bfloat16", "fast"),
+)  # fmt: skip
+
+
+@emulating
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_products(number: int) -> None:
+    a_name, b_name, (m, n, k), config, dtype, accumulate = CASES[number]
+    pair = formats.make(number, m, n, k, a_name, b_name, exact=True, bias=number % 3 > 0)
+    for eager in (False, True):
+        out = oracles.poison((m, n), dtype)
+        multiply(Config(*config), operand(pair.a), operand(pair.b), out, seed=number, eager=eager, bias=pair.bias, accumulate=accumulate)
+        formats.check(pair, out, dtype)
+
+
+@emulating
+@pytest.mark.parametrize("majors", [("mn", "k"), ("k", "mn"), ("mn", "mn")], ids="-".join)
+@pytest.mark.parametrize("shape", [(64, 1, 1, 3), (128, 2, 1, 4, 1, 2), (128, 2, 2, 3, 2, 1), (64, 2, 1, 4, 1, 1, 2)], ids=str)
+def test_majors(shape: tuple[int, ...], majors: tuple[str, str]) -> None:
+    """16-bit operands contiguous along m or n go as they are."""
+    pair = formats.make(3, 136, 200, 664, "bf16", "bf16", exact=True)
+    x, w = (np.ascontiguousarray(v.data.T).T if major == "mn" else v.data for v, major in zip(pair[:2], majors, strict=True))
+    out = oracles.poison((136, 200), "bfloat16")
+    multiply(Config(*shape), x, w, out)
+    formats.check(pair, out, "bfloat16")
+
+
+@emulating
+def test_layouts_of_the_result() -> None:
+    """Odd addresses, transposed, gaps: only whole lines of 16 bits go through matrices of the store instruction."""
+    pair = formats.make(4, 70, 44, 72, "fp16", "fp16", exact=True)
+    for dtype, number in itertools.product(("bfloat16", "float32"), range(3)):
+        out = views(oracles.poison((70, 44), dtype))[number]
+        multiply(Config(32, 1, 1, 3), pair.a.data, pair.b.data, out, seed=number)
+        formats.check(pair, np.ascontiguousarray(out), dtype)
+
+
+@emulating
+@pytest.mark.parametrize("kinds", [("bf16", "bf16"), ("fp8_group", "fp8_block")], ids="-".join)
+def test_batches(kinds: tuple[str, str]) -> None:
+    """Each product by itself, by one matrix on either side, and by counts of rows."""
+    pair = formats.make(5, 70, 40, 272, *kinds, exact=True, batch=(3,))
+    x, w = operand(pair.a), operand(pair.b)
+    with chosen(Config(16, 1, 1, 3)), emulate() as ran:
+        out = cugemm.matmul(x, w.mT if kinds[0] == "bf16" else w.T, backend="hopper")
+    assert ran == ["hopper"]
+    formats.check(pair, out, "bfloat16")
+    if kinds[0] != "bf16":
+        return
+    one = formats.make(6, 70, 40, 272, *kinds, exact=True)
+    for a, b in ((pair.a, one.b), (one.a, pair.b)):
+        x, w = (np.broadcast_to(v.data, (3, *v.data.shape[-2:])) for v in (a, b))
+        with chosen(Config(16, 1, 1, 3, 1, 2)), emulate() as ran:
+            out = cugemm.matmul(x, w.mT, backend="hopper")
+        assert ran == ["hopper"]
+        wide_a, wide_b = (v._replace(data=d, values=np.broadcast_to(v.values, d.shape)) for v, d in ((a, x), (b, w)))
+        oracles.check_exact(formats.answer(wide_a, wide_b), out, "bfloat16")
+    counts = np.array([70, 0, 37], np.int32)
+    with chosen(Config(32, 1, 1, 3)), emulate() as ran:
+        out = cugemm.grouped_matmul(pair.a.data, pair.b.data, counts=counts, backend="hopper")
+    assert ran[-1] == "hopper"
+    oracles.check_exact(formats.answer(pair.a, pair.b, counts=counts), np.where(np.isnan(out), 0, out).astype(out.dtype), "bfloat16")
+
+
+@emulating
+@pytest.mark.parametrize("config", [(48, 2, 1, 3, 1, 2), (64, 1, 1, 3, 2, 1), (32, 1, 2, 4)], ids=str)
+def test_any_size(config: tuple[int, ...]) -> None:
+    """One build, tails of every axis."""
+    rng = np.random.default_rng(config[0])
+    for seed in range(12):
+        m, n, k = (int(x) for x in (rng.integers(1, 300), rng.integers(1, 200), 8 * rng.integers(1, 40)))
+        pair = formats.make(seed, m, n, k, "bf16", "bf16", exact=True)
+        out = oracles.poison((m, n), "bfloat16")
+        multiply(Config(*config), pair.a.data, pair.b.data, out, seed=seed, eager=seed % 2 == 0)
+        formats.check(pair, out, "bfloat16")
+
+
+@emulating
+def test_factors_and_random_values() -> None:
+    pair = formats.make(8, 100, 90, 1056, "fp8_row", "fp8_row", exact=False, alpha=0.37, bias=True)
+    out = oracles.poison((100, 90), "float32")
+    x, w = operand(pair.a), operand(pair.b)
+    with chosen(Config(48, 2, 1, 4)), emulate() as ran:
+        cugemm.mm_fp8(x.data, w.data.T, a_scale=x.scale, b_scale=w.scale.T, alpha=0.37, out=out, backend="hopper", accumulate="promoted")
+    assert ran == ["hopper"]
+    oracles.check_random(formats.answer(pair.a, pair.b, alpha=0.37, random_signs=True), out, "float32")
+
+
+@emulating
+def test_delays_change_no_bit() -> None:
+    pair = formats.make(9, 130, 100, 520, "bf16", "bf16", exact=False)
+    wanted = oracles.poison((130, 100), "float32")
+    multiply(Config(32, 2, 1, 3, 1, 2), pair.a.data, pair.b.data, wanted)
+    for seed in range(2):
+        out = oracles.poison((130, 100), "float32")
+        with delayed(3):
+            multiply(Config(32, 2, 1, 3, 1, 2), pair.a.data, pair.b.data, out, seed=seed, eager=seed == 1)
+        oracles.check_bits(out, wanted, f"seed {seed}")
+
+
+FAULTS = {
+    "reads ahead of TMA": ("mbarrier_wait(ring.full(ring.slot), ring.phase);", "", False),
+    "overwrites what is read": ("if (around) mbarrier_wait", "if (false) mbarrier_wait", True),
+    "gives back too early": ("if (step > 0) release(ring, before, at);", "release(ring, ring.slot, at);", True),
+    "stores sums under way": ("wgmma_wait<0>();", "", False),
+    "stores lines that others write": ("__syncwarp();\n            store(block);", "store(block);", False),
+}
+"""What is left out of the kernel, and whether copies come at once."""
+
+
+@emulating
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_show(fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each of the waits is needed, in one of a few schedules at least."""
+    old, new, _ = FAULTS[fault]
+    sources = tmp_path / "kernels"
+    shutil.copytree(emulated._sources(), sources, ignore=shutil.ignore_patterns("*.so"))
+    text = (sources / "hopper.cu").read_text()
+    assert old in text
+    (sources / "hopper.cu").write_text(text.replace(old, new, 1))
+    monkeypatch.setattr(emulated, "_sources", lambda: sources)
+    monkeypatch.setattr(emulated, "_library", emulated._library.__wrapped__)
+    pair = formats.make(9, 130, 100, 1160, "bf16", "bf16", exact=True)
+
+    def right(seed: int, eager: bool) -> bool:
+        out = oracles.poison((130, 100), "bfloat16")
+        try:
+            multiply(Config(32, 2, 1, 3), pair.a.data, pair.b.data, out, seed=seed, eager=eager)
+            formats.check(pair, out, "bfloat16")
+        except AssertionError:
+            return False
+        return True
+
+    assert not all(right(seed, eager) for seed in range(3) for eager in (False, True))
+
+
+# --- what is taken ----------------------------------------------------------------------------------------------------------------------
+
+BF16, FP16, E4M3 = (Spec((256, 512), dtype) for dtype in ("bfloat16", "float16", "float8_e4m3fn"))
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "reason"),
+    [
+        ((BF16, FP16), {}, "multiplies two operands of one 16-bit type, or two of float8"),
+        ((BF16, E4M3), {}, "multiplies two operands of one 16-bit type, or two of float8"),
+        ((E4M3, E4M3), {"accumulate": "fp32"}, "adds up fp8 products in tensor cores, which keep 14 bits"),
+        ((BF16, BF16), {"batch_invariant": True}, "adds up in another order for another m"),
+        ((Spec((256, 511), "bfloat16"), Spec((256, 511), "bfloat16")), {}, "reads rows in order, in 16-byte pieces"),
+        ((Spec((256, 0), "bfloat16"), Spec((256, 0), "bfloat16")), {}, "reads rows in order, in 16-byte pieces"),
+    ],
+)
+def test_refusals(args: tuple[Any, ...], options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(NoKernelError, match=re.escape(f"hopper: {reason}")):
+        cugemm.explain(cugemm.linear, *args, backend="hopper", **options)
+
+
+def test_refusals_of_formats() -> None:
+    def quantized(name: str) -> Quantized:
+        return cugemm.quantize(np.zeros((256, 512), np.float32), name)
+
+    for a, b, reason in (
+        ("mxfp8", "mxfp8", "multiplies values as they are stored"),
+        ("int8_row", "int8_row", "multiplies two operands of one 16-bit type, or two of float8"),
+        ("fp8_group", "fp8_group", "scales sums of 128 fp8 values along k only, of 128 columns"),
+    ):
+        x, w = quantized(a), quantized(b)
+        with launch.recording() as calls:
+            cugemm.linear(x, w)
+        problem = calls[0].call.problem._replace(backend="hopper", arch="sm_90a")
+        assert hopper.KERNEL.refuse(problem) == reason
+    turned = Spec((512, 256), "float8_e4m3fn")
+    with pytest.raises(NoKernelError, match="hopper: multiplies fp8 operands contiguous along k"):
+        cugemm.explain(cugemm.matmul, E4M3, turned, backend="hopper")
+    with pytest.raises(NoKernelError, match="hopper: needs sm_90a"):
+        select.choose(problem_of(256, 512, 512)._replace(arch="sm_100a"), arch.H100)
+    assert hopper.KERNEL.refuse(problem_of(256, 512, 512)._replace(grouped=True)) == "leaves segments to other kernels"
+
+
+def test_only_by_name() -> None:
+    """Until it has run on a GPU."""
+    text = cugemm.explain(cugemm.linear, BF16, BF16)
+    assert "hopper     refused: compiled and emulated, but not yet run on a GPU: only backend='hopper' takes it" in text
+    assert "-> hopper" in cugemm.explain(cugemm.linear, BF16, BF16, backend="hopper")
+
+
+# --- candidates, cost, maps -------------------------------------------------------------------------------------------------------------
+
+
+def problem_of(m: int, n: int, k: int, dtype: str = "bfloat16", accumulate: str = "fast") -> Any:
+    with launch.recording() as calls:
+        cugemm.linear(Spec((m, k), dtype), Spec((n, k), dtype), out_dtype="bfloat16", accumulate=accumulate)
+    return calls[0].call.problem._replace(backend="hopper", arch="sm_90a")
+
+
+@pytest.mark.parametrize("kind", [("bfloat16", "fast"), ("float8_e4m3fn", "fast"), ("float8_e4m3fn", "promoted")], ids="-".join)
+def test_candidates(kind: tuple[str, str]) -> None:
+    """Few, and each fits; none has more registers of sums than a thread has."""
+    for m, (n, k) in itertools.product(BUCKETS, ((4096, 4096), (2112, 7168), (7168, 16384), (16, 64), (100, 5000))):
+        problem = problem_of(m, n, k, *kind)
+        configs = hopper.KERNEL.candidates(problem, arch.H100)
+        assert 0 < len(configs) <= 16
+        for c in configs:
+            sums = c.waves * c.columns // 2 * (1 if kind[1] == "fast" else 1 + 1 / c.waves)
+            assert hopper.smem(problem, c) <= arch.get("sm_90a").max_smem and c.stages >= 3 and sums <= 192
+            assert c.clusters * c.cluster <= arch.H100.sm_count and c.cluster in (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_more_work_is_never_predicted_faster(dtype: str) -> None:
+    def best(m: int, n: int, k: int) -> float:
+        return select.choose(problem_of(m, n, k, dtype), arch.H100).best.us
+
+    for m in (64, 256, 4096):
+        for n in (128, 1024, 4096, 28672):
+            assert best(m, n, 4096) <= best(m, 2 * n, 4096) * 1.001
+        assert best(m, 4096, 1024) <= best(m, 4096, 4096) * 1.001 <= best(m, 4096, 16384) * 1.002
+    times = [best(m, 4096, 4096) for m in BUCKETS]
+    assert all(low <= high * 1.01 for low, high in itertools.pairwise(times)), times
+
+
+def test_tiles_of_large_products() -> None:
+    """128 x 256 by CTAs in pairs, which is what the arithmetic of shared memory and L2 asks for; sums apart leave room for half."""
+    best = select.choose(problem_of(8192, 8192, 8192), arch.H100).best.config
+    assert (best.rows, best.columns, best.cluster) == (128, 256, 2)
+    best = select.choose(problem_of(8192, 8192, 8192, "float8_e4m3fn", "promoted"), arch.H100).best.config
+    assert best.rows * best.columns <= 256 * 128
+    assert select.choose(problem_of(128, 4096, 14336), arch.H100).best.config.split > 1
+
+
+def maps_of(config: Config, x: Any, w: Any) -> tuple[TensorMap, ...]:
+    with launch.recording() as calls:
+        cugemm.matmul(x, w, backend="hopper")
+    (step,) = hopper.KERNEL.steps(calls[0].call, config)
+    assert isinstance(step, Step) and step.threads == config.threads and step.grid == config.clusters * config.cluster
+    return step.maps
+
+
+def test_tensor_maps() -> None:
+    """The contiguous axis first, bytes between lines and matrices, boxes of what one CTA brings."""
+    config = Config(96, 2, 1, 4, 1, 2)
+    assert maps_of(config, Spec((200, 328), "bfloat16"), Spec((328, 72), "bfloat16")) == (
+        TensorMap(0, 2, (328, 200, 1), (656, 131200), (64, 128, 1)),
+        TensorMap(1, 2, (72, 328, 1), (144, 47232), (64, 32, 1)),
+    )
+    x = np.zeros((5, 40, 400), np.uint8).view(oracles.dtype_of("float8_e4m3fn"))[1:4, :, :336]
+    w = np.zeros((64, 336), oracles.dtype_of("float8_e4m3fn"))
+    assert maps_of(config, x, np.broadcast_to(w, (3, 64, 336)).mT) == (
+        TensorMap(0, 1, (336, 40, 3), (400, 16000), (128, 128, 1)),
+        TensorMap(1, 1, (336, 64, 1), (336, 21504), (128, 48, 1)),
+    )
+    one = maps_of(Config(32, 1, 1, 3), np.zeros((1, 24), oracles.dtype_of("bfloat16")), np.zeros((24, 1), oracles.dtype_of("bfloat16")))
+    assert one[0] == TensorMap(0, 2, (24, 1, 1), (48, 48), (64, 64, 1))
+
+
+def test_maps_are_made_once_for_a_pointer(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, ...]] = []
+
+    def tensor_map(*given: Any) -> bytes:
+        made.append(given)
+        return bytes([len(made)]) * 128
+
+    monkeypatch.setattr(driver, "tensor_map", tensor_map)
+    monkeypatch.setattr(packed.Maps, "_MOST", 3)
+    maps = packed.Maps(TensorMap(0, 2, (64, 8, 1), (128, 1024), (64, 64, 1)), 2, 576)
+    assert [maps[p][0] for p in (16, 32, 16, 48, 32)] == [1, 2, 1, 3, 2]
+    assert made[0] == (16, 2, (64, 8, 1), (128, 1024), (64, 64, 1))
+    assert maps[64][0] == 4 and len(maps) == 1, "a full table begins again"
