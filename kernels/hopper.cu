@@ -450,6 +450,7 @@ __device__ __forceinline__ void meet(const Sums& sum, const Ring& ring, const Ar
     const auto letter = [&](int wave, int j) {
         return ring.first + ((wave * kBlocks + j) * kConsumers * 32 + at.warp * 32 + at.lane) * 16;
     };
+    __syncthreads();  // nobody reads the ring any more
 #pragma unroll
     for (int wave = 0; wave < WAVES; ++wave)
 #pragma unroll
@@ -460,6 +461,7 @@ __device__ __forceinline__ void meet(const Sums& sum, const Ring& ring, const Ar
     delay();
     cluster_arrive();
     cluster_wait();
+    delay();
 #pragma unroll
     for (int wave = 0; wave < WAVES; ++wave) {
         float total[kOwn][4] = {};
@@ -476,6 +478,13 @@ __device__ __forceinline__ void meet(const Sums& sum, const Ring& ring, const Ar
     }
 }
 
+// The same of threads without any.
+__device__ __forceinline__ void meet_without_sums() {
+    __syncthreads();
+    cluster_arrive();
+    cluster_wait();
+}
+
 // Kernel --------------------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void consume(const TensorArgs& args, Ring ring, const Place& at, int rank) {
@@ -484,7 +493,10 @@ __device__ __forceinline__ void consume(const TensorArgs& args, Ring ring, const
 #pragma unroll 1
     for (u32 number = blockIdx.x / kCluster; number < tiles; number += clusters) {
         const Work work = work_of(args, number, rank);
-        if (!work.any) continue;
+        if (!work.any) {
+            if constexpr (SPLIT > 1) meet_without_sums();
+            continue;
+        }
         const auto columns = [&] { load_columns(args, work, at, ring.columns(at.warp)); };
         Sums sum;
         if constexpr (PROMOTE) {
@@ -497,7 +509,6 @@ __device__ __forceinline__ void consume(const TensorArgs& args, Ring ring, const
         }
         delay();
         if constexpr (SPLIT > 1) {
-            __syncthreads();  // nobody reads the ring any more
             meet(sum, ring, args, work, at, rank);
         } else {
 #pragma unroll
@@ -532,11 +543,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
     if (warp < 4) {
         if constexpr (kShift) fewer_registers<kProducerRegisters>();
         if (warp == 0) produce(args, ring, lane, rank);
-        if constexpr (SPLIT > 1) {  // those of `consume` and `meet`
-            __syncthreads();
-            cluster_arrive();
-            cluster_wait();
-        }
+        if constexpr (SPLIT > 1) meet_without_sums();
     } else {
         if constexpr (kShift) more_registers<kConsumerRegisters>();
         const Place at{warp - 4, lane, lane / 4, lane % 4};

@@ -12,19 +12,20 @@ from typing import Any
 
 import emulated
 import format_oracles as formats
+import grouped_cases as cases
 import numpy as np
 import oracles
 import pytest
 from emulated import emulated as emulate
 from gpu_arrays import delayed
 from oracles import Array
-from test_emulated import operand, views
+from test_emulated import NUMPY, operand, views
 
 import cugemm
 from cugemm import NoKernelError, Quantized, Spec, arch, driver, launch, packed, select
-from cugemm.catalog import Step, TensorMap, hopper
+from cugemm.catalog import Step, TensorMap, hopper, portable, skinny, swap_ab
 from cugemm.catalog.hopper import Config
-from cugemm.problem import BUCKETS
+from cugemm.problem import BUCKETS, Problem
 
 emulating = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -132,6 +133,50 @@ def test_batches(kinds: tuple[str, str]) -> None:
         out = cugemm.grouped_matmul(pair.a.data, pair.b.data, counts=counts, backend="hopper")
     assert ran[-1] == "hopper"
     oracles.check_exact(formats.answer(pair.a, pair.b, counts=counts), np.where(np.isnan(out), 0, out).astype(out.dtype), "bfloat16")
+
+
+@pytest.fixture
+def preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it can, in place of other kernels, with one device value out of range as good as another."""
+    refuse = hopper.Hopper.refuse
+
+    def willing(self: hopper.Hopper, problem: Any) -> str | None:
+        return refuse(self, problem._replace(backend="hopper") if isinstance(problem, Problem) else problem)
+
+    monkeypatch.setattr(hopper.Hopper, "refuse", willing)
+    for kernel in (portable.Portable, skinny.Skinny, swap_ab.SwapAB):
+        monkeypatch.setattr(kernel, "cost", lambda self, problem, config, device: 1e9)
+
+
+SEGMENT_SHAPES = ((32, 1, 1, 3), (64, 2, 1, 3, 1, 2), (16, 2, 1, 3, 2, 1), (128, 2, 2, 3), (32, 1, 1, 4, 1, 1, 2))
+
+
+@emulating
+@pytest.mark.usefixtures("preferred")
+@pytest.mark.parametrize("pair", [("bf16", "bf16"), ("e4m3", "e5m2"), ("fp8_group", "fp8_block")], ids="-".join)
+@pytest.mark.parametrize("kind", ["indptr", "counts", "masked"])
+def test_segments(kind: str, pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = cases.sizes
+    monkeypatch.setattr(
+        cases, "sizes", lambda rng, **even: sizes(rng)._replace(m=int(rng.integers(1, 300)), k=16 * int(rng.integers(1, 30)))
+    )
+    for seed in range(5):
+        with chosen(Config(*SEGMENT_SHAPES[seed])), emulate(seed=seed, eager=seed % 2 == 1) as ran:
+            cases.MATMULS[kind](NUMPY, seed, *pair, ("int32", "int64")[seed % 2])
+        assert set(ran) <= {"hopper", "segments"} and "hopper" in ran
+
+
+@emulating
+@pytest.mark.usefixtures("preferred")
+def test_wrong_device_values_select_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.values, "check", lambda *given: None)  # which would refuse them in host memory
+    sizes, operands = cases.sizes, cases.operands
+    monkeypatch.setattr(cases, "sizes", lambda rng, **even: sizes(rng)._replace(k=16 * int(rng.integers(1, 30))))
+    monkeypatch.setattr(cases, "operands", lambda rng, size, a, b, *rest, **lead: operands(rng, size, a, a, *rest, **lead))
+    for seed in range(3):
+        with chosen(Config(*SEGMENT_SHAPES[seed])), emulate(seed=seed) as ran:
+            cases.wild(NUMPY, seed, "int32")
+        assert {"hopper"} < set(ran) - {"segments"}  # rows in order, and by index
 
 
 @emulating
@@ -246,7 +291,8 @@ def test_refusals_of_formats() -> None:
         cugemm.explain(cugemm.matmul, E4M3, turned, backend="hopper")
     with pytest.raises(NoKernelError, match="hopper: needs sm_90a"):
         select.choose(problem_of(256, 512, 512)._replace(arch="sm_100a"), arch.H100)
-    assert hopper.KERNEL.refuse(problem_of(256, 512, 512)._replace(grouped=True)) == "leaves segments to other kernels"
+    with pytest.raises(NoKernelError, match="hopper: reads rows in order, in 16-byte pieces"):
+        cugemm.explain(cugemm.grouped_matmul, BF16, Spec((3, 512, 512), "bfloat16"), indices=Spec((256,), "int32"), backend="hopper")
 
 
 def test_only_by_name() -> None:

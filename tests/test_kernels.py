@@ -2,7 +2,7 @@
 
 Which cubins: every pair of decodes on every arch, each with a tile, majors, VECTOR and SCALE_BLOCK dealt out so that all of them meet;
 every loader with all of those; every tile that the cost model picks for the shapes the benchmarks use, and every way to cut k; of skinny,
-swap_ab and hopper every pair, and every two values of their configs' axes; what the documented examples take; every mode of the helper kernels.
+swap_ab and hopper every pair, and every two values of configs' axes; what the documented examples take; every mode of the helper kernels.
 The static assertions in the sources check shared memory and argument structs on the way.
 """
 
@@ -257,7 +257,7 @@ def hopper_pool() -> tuple[tuple[tuple[Problem, hopper.Config], frozenset[Any]],
         question = question._replace(backend="hopper", accumulate=accumulate, in_order=True)
         if hopper.KERNEL.refuse(question) is None:
             for m, n, k in shapes:
-                asked = question._replace(m=m, n=n, k=k)
+                asked = question._replace(m=m, n=n, k=k, grouped=n == 96, batch=3 if n == 96 else 1)
                 for config in hopper._configs(asked, arch.H100):
                     if hopper.smem(asked, config) <= arch.get("sm_90a").max_smem:
                         found.setdefault(hopper._defines(asked, config), (asked, config))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from cugemm import arch
 from cugemm.arch import Device
-from cugemm.catalog import gemm
+from cugemm.catalog import few_rows, gemm
 from cugemm.catalog.step import REACHED, Step, TensorMap, Zero
 from cugemm.formats import ELEMENTS
 from cugemm.problem import FLOATS8, FLOATS16, A, B, GemmCall, Problem
@@ -19,8 +20,8 @@ _PANEL = 64
 
 
 class Config(NamedTuple):
-    """Columns of a tile, warpgroups that multiply and how many times 64 rows each has, steps in the ring; CTAs of a cluster, which share rows
-    of A, or columns of B, or cut k; and how many clusters there are."""
+    """Columns of a tile, warpgroups that multiply and how many times 64 rows each has, steps in the ring; CTAs of a cluster, which share
+    rows of A, or columns of B, or cut k; and how many clusters there are."""
 
     columns: int
     warpgroups: int
@@ -95,8 +96,6 @@ class Hopper:
             return "multiplies fp8 operands contiguous along k"
         if not problem.vector or not problem.in_order or problem.k == 0:
             return "reads rows in order, in 16-byte pieces"
-        if problem.grouped:
-            return "leaves segments to other kernels"
         if problem.scale_block not in (0, 128) or (problem.scale_block and (problem.column_scales or not fp8)):
             return "scales sums of 128 fp8 values along k only, of 128 columns"
         return None
@@ -123,12 +122,14 @@ class Hopper:
         brought = steps * (rows / config.share_a + columns / config.share_b) * _LINE * config.cluster
         l2 = tiles * brought / _L2_BYTES_PER_CLOCK
         clock = device.clock_khz * 1e-3
-        values = problem.batch * (problem.m + problem.n) * problem.k * bytes_each + problem.batch * problem.m * problem.n * 2
+        lines = problem.m * (1 if problem.grouped else problem.batch)
+        values = (lines + few_rows.matrices(problem) * problem.n) * problem.k * bytes_each + lines * problem.n * 2
         memory = values / (device.read_gbs * 1e3)
-        return _LAUNCH_US + _CLUSTER_US * (config.cluster > 1) + ((busy / clock) ** 4 + (l2 / clock) ** 4 + memory**4) ** 0.25
+        longest = math.sqrt(math.hypot((busy / clock) ** 2, (l2 / clock) ** 2, memory**2))
+        return _LAUNCH_US + _CLUSTER_US * (config.cluster > 1) + longest
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
-        problem, most = call.problem, _tiles(call.problem._replace(m=call.m, batch=call.batch), config)
+        problem, most = call.problem, _tiles(call.problem._replace(m=call.m, batch=call.batch), config, most=True)
         clusters = most if config.split > 1 else min(most, config.clusters)
         pdl = problem.pdl and "prefetch"  # it waits before it reads anything
         *before, step = gemm.steps(
@@ -177,10 +178,16 @@ def _worth(problem: Problem, config: Config, device: Device) -> bool:
     )
 
 
-def _tiles(problem: Problem, config: Config) -> int:
-    """That clusters take, one after the other."""
+def _tiles(problem: Problem, config: Config, most: bool = False) -> int:
+    """That clusters take, one after the other; of segments as many as can be expected, or, `most`, as any lengths need."""
     rows, columns = config.rows * config.share_b, config.columns * config.share_a
-    return problem.batch * ceil_div(problem.m, rows) * ceil_div(problem.n, columns)
+    if not problem.grouped:
+        pieces = problem.batch * ceil_div(problem.m, rows)
+    elif most:
+        pieces = problem.m // rows + min(problem.batch, problem.m)
+    else:
+        pieces = few_rows.pieces(problem, rows)
+    return pieces * ceil_div(problem.n, columns)
 
 
 def smem(problem: Problem, config: Config) -> int:
