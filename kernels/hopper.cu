@@ -536,7 +536,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
     }
     __syncthreads();
     if constexpr (kCluster > 1) {  // nobody writes to a CTA that has not begun
-        cluster_arrive();
+        cluster_arrive_relaxed();
         cluster_wait();
     }
     wait_for_predecessor();
@@ -550,7 +550,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
         consume(args, ring, at, rank);
     }
     if constexpr (kCluster > 1) {  // nobody leaves while others write to it, or read
-        cluster_arrive();
+        cluster_arrive_relaxed();
         cluster_wait();
     }
 }

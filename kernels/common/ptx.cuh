@@ -283,4 +283,6 @@ __device__ __forceinline__ Chunk load_remote_16(u32 shared, u32 rank) {
     return c;
 }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// The same by those who publish nothing. NOTE: a release waits until all stores of the thread have reached memory.
+__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }

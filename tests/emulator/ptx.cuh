@@ -222,4 +222,5 @@ inline Chunk load_remote_16(u32 shared, u32 rank) {
     return c;
 }
 inline void cluster_arrive() { emulator::arrive(); }
+inline void cluster_arrive_relaxed() { emulator::arrive(); }
 inline void cluster_wait() { emulator::wait_for_cluster(); }
