@@ -106,13 +106,13 @@ def multiply(
     dev: Any, a: Operand, b: Operand, case: Case, *, layouts: tuple[str, str] = ("row", "row"), out: str = "row", dtype: str = "bfloat16",
     scale_layouts: tuple[str, str] = ("linear", "linear"), strided_scale: bool = False, shape: tuple[int, ...] | None = None,
     op: GemmOp = ANY, segments: str = "", said: Array | None = None, alpha_on_device: bool = False, backend: str = "auto",
-    **arrays: Array | None,
+    accumulate: str = "fast", **arrays: Array | None,
 ) -> Array:  # fmt: skip
     """Multiply twice: into a poisoned `out` whose surroundings must stay, and into a fresh result. Equal bits; the value of both.
 
     In a rehearsal, the call is recorded and the answer is the expected one.
     """
-    options = gemm_options(op, dtype, backend, b_axes="nk", segments=segments)
+    options = gemm_options(op, dtype, backend, accumulate=accumulate, b_axes="nk", segments=segments)
     left = operand(dev, a, layouts[0], scale_layouts[0], strided_scale)
     right = operand(dev, b, layouts[1], scale_layouts[1], strided_scale)
     alpha: Any = None if case.alpha == 1 else case.alpha

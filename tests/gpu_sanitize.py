@@ -36,6 +36,7 @@ BLOCKS = [
     ("int8_row", "int4_g128"), ("fp8_group", "mxfp8"), ("nvfp4_row", "int4_g32"),
 ]  # fmt: skip
 FEW_ROWS = [("bf16", "bf16"), ("bf16", "fp8_row"), ("fp8_group", "fp8_block"), ("bf16", "nvfp4"), ("bf16", "mxfp8"), ("fp16", "int4_g128")]
+HOPPER = [("bf16", "bf16", "fast"), ("e4m3", "e5m2", "fast"), ("fp8_row", "fp8_row", "promoted"), ("fp8_group", "fp8_block", "promoted")]
 SHAPES = [(1, 1, 2), (17, 33, 66), (129, 131, 258)]
 
 
@@ -141,6 +142,20 @@ def swap_ab(dev: Any, number: int) -> None:
     few_rows(dev, "swap_ab", number)
 
 
+def hopper(dev: Any, number: int) -> None:
+    """Tiles with tails on every side, clusters that share or cut k, matrices, counts out of range."""
+    a, b, accumulate = HOPPER[number]
+    for i, (m, n, k) in enumerate([(1, 16, 16), (130, 136, 272), (300, 40, 1040)]):
+        pair = formats.make(i, m, n, k, a, b, exact=True, bias=True)
+        for tile in range(number + i, 16, 5):
+            with gpu_arrays.planned(tile):
+                gpu_formats.verify(dev, pair, backend="hopper", accumulate=accumulate)
+    pair, counts = formats.make(9, 70, 40, 272, a, b, exact=True, batch=(3,)), np.array([4, -3, 170])
+    case = formats.answer(pair.a, pair.b, counts=counts, repro=f"hopper(dev, {number}) exact=True")
+    out = gpu_formats.multiply(dev, pair.a, pair.b, case, backend="hopper", segments="masked", said=counts, accumulate=accumulate)
+    formats.check(pair, out, "bfloat16", case)
+
+
 def chosen(dev: Any, kind: str) -> None:
     """Groups in every form, with indices out of range."""
     for seed, (a, b) in enumerate((("bf16", "nvfp4"), ("mxfp8", "mxfp4"), ("fp8_group", "fp8_block"))):
@@ -184,6 +199,7 @@ def main() -> int:
         *((grouped, tile) for tile in range(3)),
         *((blocks, i) for i in range(len(BLOCKS))),
         *((kernel, i) for kernel in few for i in range(len(FEW_ROWS))),
+        *((hopper, i) for i in range(len(HOPPER)) if swap_ab in few),
         *((chosen, kind) for kind in gpu_formats.GROUPS),
         (rows, "bfloat16"),
         (rows, "float32"),

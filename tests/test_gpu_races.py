@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.requires("cupy"), pytest.mark.filterw
 
 K = 2176
 """17 x 128: the last step of packed weights is half of one."""
-SIZES = {"skinny": ((1, 16), 8000), "swap_ab": ((1, 16, 64), 36000), "portable": ((1, 130), 1000)}
+SIZES = {"skinny": ((1, 16), 8000), "swap_ab": ((1, 16, 64), 36000), "hopper": ((130, 300), 1000), "portable": ((1, 130), 1000)}
 """Rows, and columns: several tiles for each cluster, or few enough that portable cuts k."""
 NAMES = [kernel.name for kernel in KERNELS if kernel.name in SIZES]
 WEIGHTS = ("bf16", "fp8_row", "nvfp4", "mxfp4", "int4_g128")
@@ -37,9 +37,10 @@ SEEDS = (1, 2, 3)
 BROKEN = {
     "skinny": "__syncthreads();  // all have left their sums",
     "swap_ab": "if (p == 0) mbarrier_wait(shared.full(slot), shared.parity(number + step));",
+    "hopper": "if (around) mbarrier_wait(ring.empty(ring.slot), ring.phase ^ 1);",
     "portable": "__syncthreads();  // tile t is complete, and everybody is done with the stage of tile t - 1",
 }
-"""A barrier of the kernel: sums of warps meet behind it; rows of A are there behind it; a tile is complete behind it."""
+"""A barrier of the kernel: sums of warps meet behind it; rows of A are there behind it; a slot has been read; a tile is complete."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def multiply(x: Any, w: Any, kernel: str) -> Any:
 
 
 def configs(run: Callable[[], Any]) -> list[int]:
-    """Numbers of configs: the first for each count of CTAs that cut k, with and without warps that do; none if the kernel refuses."""
+    """Numbers of configs: the first for each count of CTAs that cut k, or share, with and without warps that cut; none if it refuses."""
     try:
         with launch.recording() as calls:
             run()
@@ -70,7 +71,7 @@ def configs(run: Callable[[], Any]) -> list[int]:
     assert choice is not None
     found: dict[Any, int] = {}
     for number, config in enumerate(choice.best.kernel.candidates(choice.problem, launch.machine(0)[1])):
-        found.setdefault((getattr(config, "split", 1), getattr(config, "warps_k", 1) > 1), number)
+        found.setdefault((getattr(config, "split", 1), getattr(config, "warps_k", 1) > 1, getattr(config, "share_b", 1)), number)
     return list(found.values())
 
 
