@@ -41,13 +41,14 @@ class Maps(dict[int, bytes]):
 
     _MOST = 512
 
-    def __init__(self, map: TensorMap, pointer: int, offset: int) -> None:
-        self.map, self.pointer, self.offset = map, pointer, offset
+    def __init__(self, map: TensorMap, pointer: int, offset: int, device: int) -> None:
+        self.map, self.pointer, self.offset, self.device = map, pointer, offset, device
 
     def __missing__(self, pointer: int) -> bytes:
         if len(self) >= self._MOST:
             self.clear()
-        found = self[pointer] = driver.tensor_map(pointer, *self.map[1:])
+        with driver.on_device(self.device):  # a thread may have no context yet
+            found = self[pointer] = driver.tensor_map(pointer, *self.map[1:])
         return found
 
 
@@ -101,7 +102,7 @@ def pack(
     scalars_at = 8 * len(step.pointers)
     head = struct.Struct(f"<{len(step.pointers)}Q{len(step.scalars)}f")
     args = head.pack(*[0] * len(step.pointers), *[1.0] * len(step.scalars)) + step.tail
-    maps = tuple(Maps(m, place(m.pointer), _ARGS_AT + len(args) + 128 * i) for i, m in enumerate(step.maps))
+    maps = tuple(Maps(m, place(m.pointer), _ARGS_AT + len(args) + 128 * i, device) for i, m in enumerate(step.maps))
     args += bytes(128 * len(maps))
     assert len(args) <= _MAX_ARGS and len(step.pointers) > 1
     pdl = step.pdl and driver.version() >= (12, 3)  # NOTE: older ones refuse such launches in a capture; in order they are right as well

@@ -49,8 +49,8 @@ class Problem(NamedTuple):
     scale_block: the fewest values along k under one float scale, 0 where none varies along k. vector: both operands can be read in 16-byte
     pieces, along the axes a_major and b_major say; b_vector: b can along k, and so can its scales. pdl: "", or what may happen to b before
     the kernel ahead has ended, "prefetch" or "static" (loads). scratch: kernels may ask for memory (`Step.scratch`). in_order: rows of a
-    are those of the result, one after the other, and b is one array without panels. column_scales: float scales that vary along k do so for
-    each column by itself.
+    are those of the result, one after the other, b is one array without panels, and no line of either overlaps the next. column_scales:
+    float scales that vary along k do so for each column by itself.
     """
 
     m: int
@@ -284,7 +284,8 @@ class GemmOp(NamedTuple):
             a_major, b_major, vector, out_dtype, options.accumulate, options.backend,
             pdl=("static" if options.static_weights else "prefetch") if options.pdl else "", batch_invariant=options.batch_invariant,
             b_vector=_streams(b_view, b_strides, b_element, b_panel) and not _straddles(b_scale, n),
-            in_order=options.segments != "indices" and views[ROWS] is None and not b_panel,
+            in_order=options.segments != "indices" and views[ROWS] is None and not b_panel
+            and _lines_apart(a_strides, a_rows, k_a) and _lines_apart(b_strides, n, k_a),
             column_scales=b_scale is not None and b_scale.by_k and b_scale.block[0] not in (128, ALL),
         )  # fmt: skip
         return GemmCall(
@@ -575,6 +576,12 @@ def _major(view: View, strides: tuple[int, int, int], element: Element) -> tuple
     if row == 1 and element.per_byte == 1 and aligned(k):
         return "mn", True
     return "k", False
+
+
+def _lines_apart(strides: tuple[int, int, int], rows: int, k: int) -> bool:
+    """Whether the lines of an operand, along k or along its rows, begin behind each other's end."""
+    _, row, step = strides
+    return (rows == 1 or row >= k) if step == 1 else (k == 1 or step >= rows)
 
 
 def _streams(b: View, strides: tuple[int, int, int], element: Element, panel: int) -> bool:

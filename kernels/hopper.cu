@@ -123,6 +123,14 @@ __device__ __forceinline__ void produce(const TensorArgs& args, Ring ring, int l
     const u32 tiles = tiles_of(args), clusters = gridDim.x / kCluster;
     const Steps steps(args, rank);
     bool around = false;  // the ring has been filled once
+    const auto wait_for_slot = [&] {
+        delay();
+        if (around) mbarrier_wait(ring.empty(ring.slot), ring.phase ^ 1);
+    };
+    const auto advance = [&] {
+        ring.advance();
+        around |= ring.slot == 0;
+    };
 #pragma unroll 1
     for (u32 number = blockIdx.x / kCluster; number < tiles; number += clusters) {
         const Work work = work_of(args, number, rank);
@@ -133,16 +141,19 @@ __device__ __forceinline__ void produce(const TensorArgs& args, Ring ring, int l
             for (i32 step = 0; step < steps.count; ++step) {
                 const u32 full = ring.full(ring.slot);
                 const i32 k = (steps.first + step) * kStepValues;
-                delay();
-                if (around) mbarrier_wait(ring.empty(ring.slot), ring.phase ^ 1);
+                wait_for_slot();
                 mbarrier_arrive_expecting(full, kStage);
                 bring<A_MAJOR, kBlockM, SHARE_A>(args.a_map, ring.a(), work.row_begin, k, batch, full, rank);
                 bring<B_MAJOR, BLOCK_N, SHARE_B>(args.b_map, ring.b(), work.column_begin, k, expert, full, rank);
-                ring.advance();
-                around |= ring.slot == 0;
+                advance();
             }
         }
         __syncwarp();
+    }
+    // Nobody leaves before all arrivals at its barriers have come.
+    for (int i = 0; kSharing > 1 && lane == 0 && i < STAGES; ++i) {
+        wait_for_slot();
+        advance();
     }
 }
 
@@ -228,7 +239,7 @@ struct StepScales {
     RowScales<WAVES * 2> of_a;
     RowScales<2> of_b;
     i32 border;  // columns of the first block
-    float a[WAVES * 2], b[2];
+    float a[WAVES * 2], b[2], next_a[WAVES * 2], next_b[2];
 
     __device__ __forceinline__ StepScales(const Args& args, const Work& work, const Place& at) {
         if constexpr (SCALE_BLOCK == 0) return;
@@ -248,9 +259,15 @@ struct StepScales {
     static __device__ __forceinline__ int row_in_tile(const Place& at, int wave) {
         return (at.warp / 4 * WAVES + wave) * 64 + at.warp % 4 * 16 + at.g;
     }
+    // Of a step that comes later; `take` when it has come.
     __device__ __forceinline__ void load(const Args& args, i32 step) {
-        of_a.load(args.a_scales, step * SCALE_BLOCK >> args.a_scales.shift, a);
-        of_b.load(args.b_scales, step * SCALE_BLOCK >> args.b_scales.shift, b);
+        of_a.load(args.a_scales, step * SCALE_BLOCK >> args.a_scales.shift, next_a);
+        of_b.load(args.b_scales, step * SCALE_BLOCK >> args.b_scales.shift, next_b);
+    }
+    __device__ __forceinline__ void take() {
+#pragma unroll
+        for (int i = 0; i < WAVES * 2; ++i) a[i] = next_a[i];
+        b[0] = next_b[0], b[1] = next_b[1];
     }
     __device__ __forceinline__ void add(float (&sum)[kBlocks][4], const float (&part)[kBlocks][4], int wave) const {
         float factor[2][2], f[2];
@@ -276,6 +293,10 @@ __device__ __forceinline__ void multiply_promoted(Sums& sum, Ring& ring, const A
     if constexpr (SCALE_BLOCK != 0) scales.load(args, steps.first);
 #pragma unroll 1
     for (i32 step = 0; step < steps.count; ++step) {
+        if constexpr (SCALE_BLOCK != 0) {  // NOTE: a step ahead, or products would wait for scales
+            scales.take();
+            scales.load(args, steps.first + smaller(step + 1, steps.count - 1));
+        }
         mbarrier_wait(ring.full(ring.slot), ring.phase);
         const Tiles tiles(ring, at.warp / 4);
 #pragma unroll
@@ -293,7 +314,6 @@ __device__ __forceinline__ void multiply_promoted(Sums& sum, Ring& ring, const A
                 for (int i = 0; i < kBlocks * 4; ++i) sum[wave][i / 4][i % 4] += part[i / 4][i % 4];
             }
         }
-        if (SCALE_BLOCK != 0 && step + 1 < steps.count) scales.load(args, steps.first + step + 1);
         ring.advance();
     }
 }
@@ -446,7 +466,7 @@ struct Store {
 
 // Adds up what CTAs of the cluster have, in the order of k, of some columns each.
 __device__ __forceinline__ void meet(const Sums& sum, const Ring& ring, const Args& args, const Work& work, const Place& at, int rank) {
-    constexpr int kOwn = kBlocks / SPLIT;
+    constexpr int kOwn = kBlocks / SPLIT, kTogether = smaller(SPLIT, larger(2, 16 / kOwn));  // CTAs whose sums are under way at a time
     const auto letter = [&](int wave, int j) {
         return ring.first + ((wave * kBlocks + j) * kConsumers * 32 + at.warp * 32 + at.lane) * 16;
     };
@@ -465,14 +485,16 @@ __device__ __forceinline__ void meet(const Sums& sum, const Ring& ring, const Ar
 #pragma unroll
     for (int wave = 0; wave < WAVES; ++wave) {
         float total[kOwn][4] = {};
-#pragma unroll 1
-        for (int sender = 0; sender < SPLIT; ++sender)
 #pragma unroll
-            for (int j = 0; j < kOwn; ++j) {
-                const Chunk c = load_remote_16(letter(wave, rank * kOwn + j), sender);
+        for (int sender = 0; sender < SPLIT; sender += kTogether) {
+            Chunk c[kTogether][kOwn];
 #pragma unroll
-                for (int v = 0; v < 4; ++v) total[j][v] += __uint_as_float(c.word[v]);
-            }
+            for (int i = 0; i < kTogether * kOwn; ++i)
+                c[i / kOwn][i % kOwn] = load_remote_16(letter(wave, rank * kOwn + i % kOwn), sender + i / kOwn);
+#pragma unroll
+            for (int i = 0; i < kTogether * kOwn * 4; ++i)
+                total[i / 4 % kOwn][i % 4] += __uint_as_float(c[i / 4 / kOwn][i / 4 % kOwn].word[i % 4]);
+        }
         const i32 row = work.row_begin + StepScales::row_in_tile(at, wave);
         Store<kOwn>(args, work, at, total, row, rank * kOwn * 8, ring);
     }
@@ -549,7 +571,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
         const Place at{warp - 4, lane, lane / 4, lane % 4};
         consume(args, ring, at, rank);
     }
-    if constexpr (kCluster > 1) {  // nobody leaves while others write to it, or read
+    if constexpr (kCluster > 1) {  // nobody leaves while others read its sums, or have not begun
         cluster_arrive_relaxed();
         cluster_wait();
     }

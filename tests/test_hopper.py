@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import shutil
@@ -286,6 +287,18 @@ def test_refusals_of_formats() -> None:
             cugemm.linear(x, w)
         problem = calls[0].call.problem._replace(backend="hopper", arch="sm_90a")
         assert hopper.KERNEL.refuse(problem) == reason
+    x = np.zeros((256, 512), oracles.dtype_of("bfloat16"))
+    rows = np.lib.stride_tricks.as_strided(x, x.shape, (16, 2))
+    for a, b in (
+        (np.broadcast_to(x[:1], x.shape), x),
+        (x, np.broadcast_to(x[:1], x.shape)),
+        (rows, x),
+        (x, np.broadcast_to(x[0], (512, 512)).T),
+    ):
+        with launch.recording() as calls:
+            cugemm.linear(a, b)
+        problem = calls[0].call.problem._replace(backend="hopper", arch="sm_90a")
+        assert hopper.KERNEL.refuse(problem) == "reads rows in order, in 16-byte pieces, that do not overlap"
     turned = Spec((512, 256), "float8_e4m3fn")
     with pytest.raises(NoKernelError, match="hopper: multiplies fp8 operands contiguous along k"):
         cugemm.explain(cugemm.matmul, E4M3, turned, backend="hopper")
@@ -380,7 +393,8 @@ def test_maps_are_made_once_for_a_pointer(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(driver, "tensor_map", tensor_map)
     monkeypatch.setattr(packed.Maps, "_MOST", 3)
-    maps = packed.Maps(TensorMap(0, 2, (64, 8, 1), (128, 1024), (64, 64, 1)), 2, 576)
+    monkeypatch.setattr(driver, "on_device", contextlib.nullcontext)
+    maps = packed.Maps(TensorMap(0, 2, (64, 8, 1), (128, 1024), (64, 64, 1)), 2, 576, 0)
     assert [maps[p][0] for p in (16, 32, 16, 48, 32)] == [1, 2, 1, 3, 2]
     assert made[0] == (16, 2, (64, 8, 1), (128, 1024), (64, 64, 1))
     assert maps[64][0] == 4 and len(maps) == 1, "a full table begins again"

@@ -67,6 +67,8 @@ _TILE_CLOCKS, _SUM_CLOCKS = 1500.0, 0.02
 """Behind the last step of a tile; for each of its sums."""
 _PROMOTE = 0.25
 """Of the time of products, where sums are added up outside."""
+_WAIT_CLOCKS = 100.0
+"""From the end of products to the next ones, where one warpgroup does everything."""
 _LAUNCH_US, _CLUSTER_US = 4.0, 0.7
 
 
@@ -95,7 +97,7 @@ class Hopper:
         if fp8 and "mn" in (problem.a_major, problem.b_major):
             return "multiplies fp8 operands contiguous along k"
         if not problem.vector or not problem.in_order or problem.k == 0:
-            return "reads rows in order, in 16-byte pieces"
+            return "reads rows in order, in 16-byte pieces, that do not overlap"
         if problem.scale_block not in (0, 128) or (problem.scale_block and (problem.column_scales or not fp8)):
             return "scales sums of 128 fp8 values along k only, of 128 columns"
         return None
@@ -117,6 +119,8 @@ class Hopper:
         fill = (rows + columns) * _LINE
         read = config.waves * config.warpgroups * (64 + columns) * _LINE
         step = max(products, (fill + read) / _SHARED_BYTES_PER_CLOCK)
+        if promotes(problem) and config.warpgroups == 1:  # nobody multiplies meanwhile
+            step += config.waves * (columns / 2 + _WAIT_CLOCKS)
         ends = _TILE_CLOCKS + _SUM_CLOCKS * rows * columns * (1 + config.split) / 2
         busy = rounds * (steps * step + ends)
         brought = steps * (rows / config.share_a + columns / config.share_b) * _LINE * config.cluster
