@@ -7,6 +7,7 @@
 //   clusters  SHARE_B CTAs have successive row tiles and the same columns of B, or SHARE_A successive column tiles and the same rows of A:
 //             each brings a part of the shared tile, for all of them
 //   k         or SPLIT CTAs of a cluster cut k, where tiles are few; then each stores some columns, and has one tile
+//   lead      of two warpgroups the first is LEAD steps ahead, so that one multiplies while the other stores
 //   sums      stay in the tensor cores, or with PROMOTE those of 128 bytes along k are added up outside; SCALE_BLOCK: scaled by floats then
 //   shared    STAGES x (tile of A, tile of B), swizzled | barriers | lines of results, for each warp | what scales columns, and is added
 //   launch    everything waits for the kernel ahead
@@ -208,9 +209,27 @@ __device__ __forceinline__ void release(const Ring& ring, u32 slot, const Place&
     }
 }
 
+// The first of two warpgroups begins a tile; the other one does when LEAD steps of it have been asked for. With fewer steps than slots, the
+// first could be a whole tile ahead, and nobody leads.
+struct Lead {
+    bool leads, follows;
+
+    __device__ __forceinline__ Lead(const Place& at, i32 steps)
+        : leads(LEAD > 0 && steps > STAGES && at.warp < 4), follows(LEAD > 0 && steps > STAGES && at.warp >= 4) {}
+    __device__ __forceinline__ void begin() const {
+        if (follows) barrier_wait<1, kConsumers * 32>();
+    }
+    __device__ __forceinline__ void at_step(i32 step) const {
+        if (step == LEAD && leads) barrier_arrive<1, kConsumers * 32>();
+    }
+};
+static_assert(LEAD == 0 || (WARPGROUPS == 2 && LEAD < STAGES));
+
 // Sums stay in the tensor cores: the products of a step begin before those of the one before it have ended.
 template <class Meanwhile>
 __device__ __forceinline__ void multiply_all(Sums& sum, Ring& ring, const Place& at, i32 steps, Meanwhile meanwhile) {
+    const Lead lead(at, steps);
+    lead.begin();
     u32 before = 0;
 #pragma unroll 1
     for (i32 step = 0; step < steps; ++step) {
@@ -222,6 +241,7 @@ __device__ __forceinline__ void multiply_all(Sums& sum, Ring& ring, const Place&
         wgmma_commit();
         wgmma_wait<1>();
         if (step > 0) release(ring, before, at);
+        lead.at_step(step);
         before = ring.slot;
         ring.advance();
     }
@@ -291,6 +311,8 @@ __device__ __forceinline__ void multiply_promoted(Sums& sum, Ring& ring, const A
     StepScales scales(args, work, at);
     float part[kBlocks][4];
     if constexpr (SCALE_BLOCK != 0) scales.load(args, steps.first);
+    const Lead lead(at, steps.count);
+    lead.begin();
 #pragma unroll 1
     for (i32 step = 0; step < steps.count; ++step) {
         if constexpr (SCALE_BLOCK != 0) {  // NOTE: a step ahead, or products would wait for scales
@@ -307,6 +329,7 @@ __device__ __forceinline__ void multiply_promoted(Sums& sum, Ring& ring, const A
             wgmma_wait<0>();
             keep(part);
             if (wave == WAVES - 1) release(ring, ring.slot, at);
+            if (wave == WAVES - 1) lead.at_step(step);
             if constexpr (SCALE_BLOCK != 0) {
                 scales.add(sum[wave], part, wave);
             } else {

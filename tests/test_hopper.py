@@ -53,22 +53,22 @@ def multiply(config: Config, x: Any, w: Any, out: Array, *, seed: int = 1, eager
     assert ran == ["hopper"]
 
 
-#  columns, warpgroups, waves, stages, share_a, share_b, split
+#  columns, warpgroups, waves, stages, share_a, share_b, split, lead
 CASES = (
     ("bf16", "bf16", (70, 40, 200), (32, 1, 1, 3), "bfloat16", "fast"),
     ("fp16", "fp16", (130, 168, 264), (64, 2, 1, 4, 1, 2), "float32", "fast"),
-    ("bf16", "bf16", (300, 168, 264), (64, 2, 1, 4, 2, 1), "float16", "fast"),
+    ("bf16", "bf16", (300, 168, 664), (64, 2, 1, 4, 2, 1, 1, 2), "float16", "fast"),
     ("bf16", "bf16", (128, 300, 64), (256, 2, 1, 3), "bfloat16", "fast"),
-    ("fp16", "fp16", (257, 200, 136), (128, 2, 2, 3, 2, 1), "float16", "fast"),
+    ("fp16", "fp16", (257, 200, 320), (128, 2, 2, 3, 2, 1, 1, 1), "float16", "fast"),
     ("bf16", "bf16", (65, 130, 2000), (128, 1, 1, 4, 1, 1, 8), "bfloat16", "fast"),
     ("fp16", "fp16", (100, 70, 1400), (64, 2, 1, 4, 1, 1, 4), "float32", "promoted"),
     ("e4m3", "e5m2", (300, 130, 400), (48, 2, 2, 3), "float16", "fast"),
     ("e5m2", "e4m3", (64, 16, 2064), (16, 1, 1, 8), "bfloat16", "fast"),
     ("e5m2", "e5m2", (130, 100, 1200), (32, 2, 1, 4, 1, 1, 2), "bfloat16", "promoted"),
-    ("fp8_row", "fp8_row", (300, 130, 400), (48, 2, 2, 3, 1, 2), "float16", "promoted"),
+    ("fp8_row", "fp8_row", (300, 130, 640), (48, 2, 2, 4, 1, 2, 1, 2), "float16", "promoted"),
     ("fp8_tensor", "fp8_row", (200, 230, 272), (176, 2, 1, 3), "bfloat16", "fast"),
     ("fp8_group", "fp8_block", (130, 330, 400), (48, 2, 1, 3), "bfloat16", "promoted"),
-    ("fp8_group", "fp8_block", (130, 570, 1040), (192, 2, 1, 3, 1, 2), "float32", "fast"),
+    ("fp8_group", "fp8_block", (130, 570, 1040), (192, 2, 1, 4, 1, 2, 1, 3), "float32", "fast"),
     ("fp8_group", "fp8_block", (257, 260, 640), (128, 2, 2, 3, 2, 1), "bfloat16", "fast"),
     ("fp8_group", "fp8_block", (70, 470, 2000), (160, 1, 1, 4, 1, 1, 2), "bfloat16", "promoted"),
     ("fp8_group", "fp8_tensor", (70, 200, 384), (112, 2, 1, 3), "float16", "fast"),
@@ -149,7 +149,7 @@ def preferred(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernel, "cost", lambda self, problem, config, device: 1e9)
 
 
-SEGMENT_SHAPES = ((32, 1, 1, 3), (64, 2, 1, 3, 1, 2), (16, 2, 1, 3, 2, 1), (128, 2, 2, 3), (32, 1, 1, 4, 1, 1, 2))
+SEGMENT_SHAPES = ((32, 1, 1, 3), (64, 2, 1, 3, 1, 2, 1, 2), (16, 2, 1, 3, 2, 1), (128, 2, 2, 3), (32, 1, 1, 4, 1, 1, 2))
 
 
 @emulating
@@ -181,7 +181,7 @@ def test_wrong_device_values_select_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @emulating
-@pytest.mark.parametrize("config", [(48, 2, 1, 3, 1, 2), (64, 1, 1, 3, 2, 1), (32, 1, 2, 4)], ids=str)
+@pytest.mark.parametrize("config", [(48, 2, 1, 4, 1, 2, 1, 2), (64, 1, 1, 3, 2, 1), (32, 2, 2, 4, 1, 1, 1, 3)], ids=str)
 def test_any_size(config: tuple[int, ...]) -> None:
     """One build, tails of every axis."""
     rng = np.random.default_rng(config[0])
@@ -208,11 +208,11 @@ def test_factors_and_random_values() -> None:
 def test_delays_change_no_bit() -> None:
     pair = formats.make(9, 130, 100, 520, "bf16", "bf16", exact=False)
     wanted = oracles.poison((130, 100), "float32")
-    multiply(Config(32, 2, 1, 3, 1, 2), pair.a.data, pair.b.data, wanted)
+    multiply(Config(32, 2, 1, 3, 1, 2, 1, 2), pair.a.data, pair.b.data, wanted)
     for seed in range(2):
         out = oracles.poison((130, 100), "float32")
         with delayed(3):
-            multiply(Config(32, 2, 1, 3, 1, 2), pair.a.data, pair.b.data, out, seed=seed, eager=seed == 1)
+            multiply(Config(32, 2, 1, 3, 1, 2, 1, 2), pair.a.data, pair.b.data, out, seed=seed, eager=seed == 1)
         oracles.check_bits(out, wanted, f"seed {seed}")
 
 

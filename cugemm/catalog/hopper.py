@@ -21,7 +21,7 @@ _PANEL = 64
 
 class Config(NamedTuple):
     """Columns of a tile, warpgroups that multiply and how many times 64 rows each has, steps in the ring; CTAs of a cluster, which share
-    rows of A, or columns of B, or cut k; and how many clusters there are."""
+    rows of A, or columns of B, or cut k; steps that the first of two warpgroups is ahead; and how many clusters there are."""
 
     columns: int
     warpgroups: int
@@ -30,6 +30,7 @@ class Config(NamedTuple):
     share_a: int = 1
     share_b: int = 1
     split: int = 1
+    lead: int = 0
     clusters: int = 1
 
     @property
@@ -56,6 +57,7 @@ _SHAPES = ((1, 1), (2, 1), (2, 2))
 _MOST_SUMS = {(False, 1): 256, (False, 2): 128, (True, 1): 192, (True, 2): 128}
 """Columns for which registers hold the sums, by whether those of a step are apart, and `waves`."""
 _MOST_STAGES = 8
+_LEAD = 2
 _SPLITS = (2, 4, 8)
 
 # NOTE: not yet fitted to times: what the hardware could do at best, and guesses of what it does.
@@ -122,7 +124,7 @@ class Hopper:
         if promotes(problem) and config.warpgroups == 1:  # nobody multiplies meanwhile
             step += config.waves * (columns / 2 + _WAIT_CLOCKS)
         ends = _TILE_CLOCKS + _SUM_CLOCKS * rows * columns * (1 + config.split) / 2
-        busy = rounds * (steps * step + ends)
+        busy = rounds * (steps * step + max(ends / 4, ends - config.lead * step / 2))
         brought = steps * (rows / config.share_a + columns / config.share_b) * _LINE * config.cluster
         l2 = tiles * brought / _L2_BYTES_PER_CLOCK
         clock = device.clock_khz * 1e-3
@@ -161,6 +163,8 @@ def _configs(problem: Problem, device: Device) -> list[Config]:
                     continue
                 fitting = (config._replace(stages=stages) for stages in range(_MOST_STAGES, 2, -1))
                 config = next((c for c in fitting if smem(problem, c) <= arch.get("sm_90a").max_smem), config)
+                if warpgroups == 2 and split == 1 and config.stages > 3:
+                    config = config._replace(lead=_LEAD)
                 resident = int(device.sm_count * REACHED[config.cluster] // config.cluster)
                 tiles = _tiles(problem, config)
                 # As few as need no more rounds: those read each other's operands from L2.
@@ -239,6 +243,7 @@ def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
         ("SHARE_A", config.share_a),
         ("SHARE_B", config.share_b),
         ("SPLIT", config.split),
+        ("LEAD", config.lead),
     )
 
 

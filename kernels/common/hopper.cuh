@@ -40,6 +40,18 @@ __device__ __forceinline__ void mbarrier_wait_cluster(u32 barrier, u32 parity) {
         : "memory");
 }
 
+// One of 15 barriers of a CTA for some of its threads, whole warps: `threads` in all come, of which those that only arrive go on at once.
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void barrier_arrive() {
+    static_assert(kBarrier > 0 && kBarrier < 16 && kThreads % 32 == 0);
+    asm volatile("barrier.cta.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void barrier_wait() {
+    static_assert(kBarrier > 0 && kBarrier < 16 && kThreads % 32 == 0);
+    asm volatile("barrier.cta.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
 // Warpgroups (sm_90a): 128 threads multiply as one, asynchronously (PTX 9.7.15). Registers that a product reads or adds to must not be
 // touched between the fence before it and the wait behind it.
 __device__ __forceinline__ void fence_async_proxy() {  // what this thread has written to shared memory is there for products

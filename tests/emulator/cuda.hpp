@@ -99,7 +99,7 @@ static bool eager;
 static unsigned long long progress;  // barriers passed and threads ended
 static Fiber fibers[kMostThreads];
 static Warp warps[kMostThreads / 32];
-static Barrier cta[kMostCtas], cluster, predecessor;
+static Barrier cta[kMostCtas], named[kMostCtas][16], cluster, predecessor;
 static Late late[16];  // what the kernel ahead has not written yet
 static unsigned lates;
 struct Array {
@@ -243,7 +243,7 @@ int run(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel) {
     entry = &kernel;
     threads = block, blockDim.x = block, gridDim.x = grid;
     for (unsigned number = 0; number < grid; number += ctas) {
-        for (unsigned i = 0; i < ctas; ++i) memset(shared[i], 0xFF, shared_size), memset(view[i], 0xFF, shared_size), cta[i] = {};
+        for (unsigned i = 0; i < ctas; ++i) memset(shared[i], 0xFF, shared_size), memset(view[i], 0xFF, shared_size), cta[i] = {}, memset(named[i], 0, sizeof named[i]);
         for (Warp& warp : warps) warp.barrier = {};
         cluster = predecessor = {};
         for (unsigned i = 0; i < all; ++i) {

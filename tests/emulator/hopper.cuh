@@ -182,6 +182,16 @@ inline void mbarrier_wait(u32 barrier, u32 parity) {
 }
 inline void mbarrier_wait_cluster(u32 barrier, u32 parity) { mbarrier_wait(barrier, parity); }
 
+template <int kBarrier, int kThreads>
+void barrier_arrive() {
+    emulator::Barrier& barrier = emulator::named[emulator::self->cta][kBarrier];
+    if (++barrier.arrived == kThreads) barrier.arrived = 0, ++barrier.generation, ++emulator::progress;
+}
+template <int kBarrier, int kThreads>
+void barrier_wait() {
+    emulator::wait(emulator::named[emulator::self->cta][kBarrier], kThreads);
+}
+
 inline void prefetch_tensor_map(const TensorMap&) {}
 inline void copy_box(u32 to, const TensorMap& map, i32 x, i32 y, i32 z, u32 barrier) {
     emulator::ask({map, to, barrier, 1u << emulator::self->cta, {x, y, z}});
