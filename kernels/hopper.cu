@@ -489,7 +489,7 @@ struct Store {
 
 // Adds up what CTAs of the cluster have, in the order of k, of some columns each.
 __device__ __forceinline__ void meet(const Sums& sum, const Ring& ring, const Args& args, const Work& work, const Place& at, int rank) {
-    constexpr int kOwn = kBlocks / SPLIT, kTogether = smaller(SPLIT, larger(2, 16 / kOwn));  // CTAs whose sums are under way at a time
+    constexpr int kOwn = kBlocks / SPLIT, kAtOnce = smaller(SPLIT, larger(1, 16 / kOwn));  // CTAs whose sums are under way
     const auto letter = [&](int wave, int j) {
         return ring.first + ((wave * kBlocks + j) * kConsumers * 32 + at.warp * 32 + at.lane) * 16;
     };
@@ -508,14 +508,14 @@ __device__ __forceinline__ void meet(const Sums& sum, const Ring& ring, const Ar
 #pragma unroll
     for (int wave = 0; wave < WAVES; ++wave) {
         float total[kOwn][4] = {};
+#pragma unroll 1
+        for (int sender = 0; sender < SPLIT; sender += kAtOnce) {
+            Chunk c[kAtOnce][kOwn];
 #pragma unroll
-        for (int sender = 0; sender < SPLIT; sender += kTogether) {
-            Chunk c[kTogether][kOwn];
-#pragma unroll
-            for (int i = 0; i < kTogether * kOwn; ++i)
+            for (int i = 0; i < kAtOnce * kOwn; ++i)
                 c[i / kOwn][i % kOwn] = load_remote_16(letter(wave, rank * kOwn + i % kOwn), sender + i / kOwn);
 #pragma unroll
-            for (int i = 0; i < kTogether * kOwn * 4; ++i)
+            for (int i = 0; i < kAtOnce * kOwn * 4; ++i)
                 total[i / 4 % kOwn][i % 4] += __uint_as_float(c[i / 4 / kOwn][i / 4 % kOwn].word[i % 4]);
         }
         const i32 row = work.row_begin + StepScales::row_in_tile(at, wave);

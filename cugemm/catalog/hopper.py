@@ -56,6 +56,8 @@ _SHAPES = ((1, 1), (2, 1), (2, 2))
 """`warpgroups`, `waves`: 64, 128 and 256 rows."""
 _MOST_SUMS = {(False, 1): 256, (False, 2): 128, (True, 1): 192, (True, 2): 128}
 """Columns for which registers hold the sums, by whether those of a step are apart, and `waves`."""
+_MOST_SPLIT = 192
+"""Columns beside which registers hold what other CTAs of a cluster have summed."""
 _MOST_STAGES = 8
 _LEAD = 2
 _SPLITS = (2, 4, 8)
@@ -159,7 +161,7 @@ def _configs(problem: Problem, device: Device) -> list[Config]:
                 continue  # columns under three scales
             for share_a, share_b, split in ((1, 1, 1), (2, 1, 1), (1, 2, 1), *((1, 1, split) for split in _SPLITS)):
                 config = Config(columns, warpgroups, waves, _MOST_STAGES, share_a, share_b, split)
-                if columns % (16 * split) or not _worth(problem, config, device):
+                if columns % (16 * split) or (split > 1 and columns > _MOST_SPLIT) or not _worth(problem, config, device):
                     continue
                 fitting = (config._replace(stages=stages) for stages in range(_MOST_STAGES, 2, -1))
                 config = next((c for c in fitting if smem(problem, c) <= arch.get("sm_90a").max_smem), config)
