@@ -48,7 +48,7 @@ class Maps(dict[int, bytes]):
         if len(self) >= self._MOST:
             self.clear()
         with driver.on_device(self.device):  # a thread may have no context yet
-            found = self[pointer] = driver.tensor_map(pointer, *self.map[1:])
+            found = self[pointer] = driver.tensor_map(pointer + self.map.offset, *self.map[1:-1])
         return found
 
 

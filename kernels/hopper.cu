@@ -12,7 +12,8 @@
 //   shared    STAGES x (tile of A, tile of B), swizzled | barriers | lines of results, for each warp | what scales columns, and is added
 //   launch    everything waits for the kernel ahead
 //
-// Not handled: operands of different sizes, scales inside of values, gathered rows, fp8 contiguous along m or n (wgmma has none).
+// Not handled: operands of different sizes, scales inside of values, gathered rows, fp8 contiguous along m or n (wgmma has none;
+// transpose.cu comes first).
 // Learned from: fast.cu (roles, patches), DeepGEMM (promotion of block-scaled sums), CUTLASS (descriptors, multicast).
 #include "common/args.cuh"
 #include "common/delay.cuh"

@@ -87,7 +87,7 @@ def _launch(
     head = struct.pack(
         f"<{len(step.pointers)}Q{len(step.scalars)}f", *map(pointer, step.pointers), *(values[p] if p >= 0 else 1.0 for p in step.scalars)
     )
-    packed = head + step.tail + b"".join(_tensor_map(pointer(m.pointer), *m[1:]) for m in step.maps)
+    packed = head + step.tail + b"".join(_tensor_map(pointer(m.pointer) + m.offset, *m[1:-1]) for m in step.maps)
     found = arch.get(target)
     capability = 10 * (10 * found.capability[0] + found.capability[1])
     library = _library(step.source, step.defines, capability, "TensorArgs" if step.maps else "Args")

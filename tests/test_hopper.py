@@ -25,7 +25,7 @@ from test_emulated import NUMPY, operand, views
 import cugemm
 from cugemm import NoKernelError, Quantized, Spec, arch, driver, launch, packed, select
 from cugemm.catalog import Step, TensorMap, hopper, portable, skinny, swap_ab
-from cugemm.catalog.hopper import Config
+from cugemm.catalog.hopper import Config, _Operand
 from cugemm.problem import BUCKETS, Problem
 
 emulating = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -97,6 +97,51 @@ def test_majors(shape: tuple[int, ...], majors: tuple[str, str]) -> None:
     out = oracles.poison((136, 200), "bfloat16")
     multiply(Config(*shape), x, w, out)
     formats.check(pair, out, "bfloat16")
+
+
+TRANSPOSED = (
+    ("e4m3", "e5m2", (48, 64, 80), "b", (16, 1, 1, 3), ()),
+    ("e5m2", "e5m2", (144, 208, 400), "ab", (48, 2, 1, 3), ()),
+    ("fp8_row", "fp8_tensor", (304, 272, 272), "a", (128, 2, 1, 4, 1, 2, 1, 2), ()),
+    ("e4m3", "e4m3", (48, 16, 336), "ab", (32, 1, 1, 3), (3,)),
+    ("fp8_group", "fp8_block", (144, 272, 400), "ab", (48, 2, 1, 3), ()),
+)
+
+
+@emulating
+@pytest.mark.parametrize("number", range(len(TRANSPOSED)))
+def test_fp8_contiguous_along_m_or_n(number: int) -> None:
+    """Transposed by a launch ahead, which explain shows."""
+    *kinds, (m, n, k), turned, config, batch = TRANSPOSED[number]
+    pair = formats.make(number, m, n, k, *kinds, exact=True, batch=batch)
+    a, b = (
+        x._replace(data=np.ascontiguousarray(x.data.swapaxes(-1, -2)).swapaxes(-1, -2)) if role in turned else x
+        for role, x in zip("ab", pair[:2], strict=True)
+    )
+    x, w = operand(a), operand(b)
+    w = w.T if isinstance(w, Quantized) else w.swapaxes(-1, -2)
+    with chosen(Config(*config, turned=turned)), emulate(seed=number, eager=number % 2 == 0) as ran:
+        out = cugemm.matmul(x, w, backend="hopper")
+    assert ran == ["transpose"] * len(turned) + ["hopper"]
+    formats.check(pair, out, "bfloat16")
+
+
+@emulating
+def test_transpose() -> None:
+    """Any size and pitch, every byte, zeros up to a multiple of 16."""
+    rng = np.random.default_rng(1)
+    for lines, length, pitch in ((1, 1, 16), (17, 130, 144), (128, 128, 128), (130, 257, 288), (300, 15, 16), (15, 300, 304)):
+        source = rng.integers(1, 256, (2, lines, pitch), np.uint8)
+        x = _Operand("b", 0, 0, length, 2, (lines * pitch, 1, pitch), "mn", 0, 1)
+        step, turned = hopper._transpose(x, lines, 1, 32)
+        wide = -(-lines // 16) * 16
+        assert turned == x._replace(pointer=1, offset=32, strides=(length * wide, wide, 1), major="k")
+        target = np.full(32 + 2 * length * wide, 0xA5, np.uint8)
+        memory = tuple((y.ctypes.data, y.nbytes) for y in (source, target))
+        emulated._launch(step, [source.ctypes.data, target.ctypes.data], [], "sm_90a", 1, False, memory=memory)
+        right = np.zeros((2, length, wide), np.uint8)
+        right[:, :, :lines] = source[:, :, :length].swapaxes(1, 2)
+        assert (target[32:].reshape(right.shape) == right).all() and (target[:32] == 0xA5).all()
 
 
 @emulating
@@ -299,9 +344,12 @@ def test_refusals_of_formats() -> None:
             cugemm.linear(a, b)
         problem = calls[0].call.problem._replace(backend="hopper", arch="sm_90a")
         assert hopper.KERNEL.refuse(problem) == "reads rows in order, in 16-byte pieces, that do not overlap"
-    turned = Spec((512, 256), "float8_e4m3fn")
-    with pytest.raises(NoKernelError, match="hopper: multiplies fp8 operands contiguous along k"):
-        cugemm.explain(cugemm.matmul, E4M3, turned, backend="hopper")
+    with launch.recording() as calls:
+        cugemm.matmul(E4M3, Spec((512, 256), "float8_e4m3fn"))
+    problem = calls[0].call.problem._replace(backend="hopper", arch="sm_90a")
+    assert hopper.KERNEL.refuse(problem) is None
+    reason = "multiplies fp8 operands contiguous along k, and has no memory to turn others"
+    assert hopper.KERNEL.refuse(problem._replace(scratch=False)) == reason
     with pytest.raises(NoKernelError, match="hopper: needs sm_90a"):
         select.choose(problem_of(256, 512, 512)._replace(arch="sm_100a"), arch.H100)
     with pytest.raises(NoKernelError, match="hopper: reads rows in order, in 16-byte pieces"):
@@ -313,6 +361,8 @@ def test_only_by_name() -> None:
     text = cugemm.explain(cugemm.linear, BF16, BF16)
     assert "hopper     refused: compiled and emulated, but not yet run on a GPU: only backend='hopper' takes it" in text
     assert "-> hopper" in cugemm.explain(cugemm.linear, BF16, BF16, backend="hopper")
+    text = cugemm.explain(cugemm.matmul, E4M3, Spec((512, 256), "float8_e4m3fn"), backend="hopper")
+    assert re.search("-> hopper .*, b transposed first$", text, re.MULTILINE)
 
 
 # --- candidates, cost, maps -------------------------------------------------------------------------------------------------------------

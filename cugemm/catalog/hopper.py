@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from typing import NamedTuple
 
 from cugemm import arch
@@ -10,7 +11,7 @@ from cugemm.arch import Device
 from cugemm.catalog import few_rows, gemm
 from cugemm.catalog.step import REACHED, Step, TensorMap, Zero
 from cugemm.formats import ELEMENTS
-from cugemm.problem import FLOATS8, FLOATS16, A, B, GemmCall, Problem
+from cugemm.problem import FLOATS8, FLOATS16, OUT, A, B, GemmCall, Problem
 from cugemm.scales import ceil_div
 
 _LINE = 128
@@ -21,7 +22,8 @@ _PANEL = 64
 
 class Config(NamedTuple):
     """Columns of a tile, warpgroups that multiply and how many times 64 rows each has, steps in the ring; CTAs of a cluster, which share
-    rows of A, or columns of B, or cut k; steps that the first of two warpgroups is ahead; and how many clusters there are."""
+    rows of A, or columns of B, or cut k; steps that the first of two warpgroups is ahead; how many clusters there are; and which operands
+    are turned first, to be contiguous along k."""
 
     columns: int
     warpgroups: int
@@ -32,6 +34,7 @@ class Config(NamedTuple):
     split: int = 1
     lead: int = 0
     clusters: int = 1
+    turned: str = ""
 
     @property
     def rows(self) -> int:
@@ -47,8 +50,10 @@ class Config(NamedTuple):
 
     def __str__(self) -> str:
         shared = "that share rows of a" if self.share_a > 1 else "that share columns of b" if self.share_b > 1 else "that cut k"
-        return f"tile {self.rows}x{self.columns}, warpgroups {self.warpgroups}x{self.waves}, {self.stages} stages, {self.clusters} " + (
-            f"clusters of {self.cluster} {shared}" if self.cluster > 1 else "CTAs"
+        return (
+            f"tile {self.rows}x{self.columns}, warpgroups {self.warpgroups}x{self.waves}, {self.stages} stages, {self.clusters} "
+            + (f"clusters of {self.cluster} {shared}" if self.cluster > 1 else "CTAs")
+            + "".join(f", {role} transposed first" for role in self.turned)
         )
 
 
@@ -74,6 +79,10 @@ _PROMOTE = 0.25
 _WAIT_CLOCKS = 100.0
 """From the end of products to the next ones, where one warpgroup does everything."""
 _LAUNCH_US, _CLUSTER_US = 4.0, 0.7
+_TURN_US, _TURN = 2.0, 0.7
+"""To transpose an operand: the launch, and part of the read bandwidth."""
+_TRANSPOSE = struct.Struct("<5q4i")
+_TURN_TILE, _TURN_THREADS = 128, 256
 
 
 class Hopper:
@@ -98,8 +107,8 @@ class Hopper:
         fp8 = problem.a in FLOATS8
         if fp8 and problem.accumulate == "fp32":
             return "adds up fp8 products in tensor cores, which keep 14 bits"
-        if fp8 and "mn" in (problem.a_major, problem.b_major):
-            return "multiplies fp8 operands contiguous along k"
+        if _turned(problem) and not problem.scratch:
+            return "multiplies fp8 operands contiguous along k, and has no memory to turn others"
         if not problem.vector or not problem.in_order or problem.k == 0:
             return "reads rows in order, in 16-byte pieces, that do not overlap"
         if problem.scale_block not in (0, 128) or (problem.scale_block and (problem.column_scales or not fp8)):
@@ -108,7 +117,8 @@ class Hopper:
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
         """The cheapest few of all that fit."""
-        every = (c for c in _configs(problem, device) if smem(problem, c) <= arch.get("sm_90a").max_smem)
+        turned, problem = _turned(problem), _settled(problem)
+        every = (c._replace(turned=turned) for c in _configs(problem, device) if smem(problem, c) <= arch.get("sm_90a").max_smem)
         return tuple(sorted(every, key=lambda c: self.cost(problem, c, device))[:16])
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
@@ -118,38 +128,60 @@ class Hopper:
         tiles = _tiles(problem, config)
         rounds = ceil_div(tiles, config.clusters)
         steps = ceil_div(ceil_div(problem.k * bytes_each, _LINE), config.split)
-        rows, columns = config.rows, config.columns
-        products = rows * columns * 4 / 128 * (1 + _PROMOTE * promotes(problem))  # 32 bytes of k are 64 x columns in columns / 2 clocks
-        fill = (rows + columns) * _LINE
+        height, columns = config.rows, config.columns
+        products = height * columns * 4 / 128 * (1 + _PROMOTE * promotes(problem))  # 32 bytes of k are 64 x columns in columns / 2 clocks
+        fill = (height + columns) * _LINE
         read = config.waves * config.warpgroups * (64 + columns) * _LINE
         step = max(products, (fill + read) / _SHARED_BYTES_PER_CLOCK)
         if promotes(problem) and config.warpgroups == 1:  # nobody multiplies meanwhile
             step += config.waves * (columns / 2 + _WAIT_CLOCKS)
-        ends = _TILE_CLOCKS + _SUM_CLOCKS * rows * columns * (1 + config.split) / 2
+        ends = _TILE_CLOCKS + _SUM_CLOCKS * height * columns * (1 + config.split) / 2
         busy = rounds * (steps * step + max(ends / 4, ends - config.lead * step / 2))
-        brought = steps * (rows / config.share_a + columns / config.share_b) * _LINE * config.cluster
+        brought = steps * (height / config.share_a + columns / config.share_b) * _LINE * config.cluster
         l2 = tiles * brought / _L2_BYTES_PER_CLOCK
         clock = device.clock_khz * 1e-3
         lines = problem.m * (1 if problem.grouped else problem.batch)
         values = (lines + few_rows.matrices(problem) * problem.n) * problem.k * bytes_each + lines * problem.n * 2
         memory = values / (device.read_gbs * 1e3)
         longest = math.sqrt(math.hypot((busy / clock) ** 2, (l2 / clock) ** 2, memory**2))
-        return _LAUNCH_US + _CLUSTER_US * (config.cluster > 1) + longest
+        rows = {"a": lines, "b": few_rows.matrices(problem) * problem.n}
+        before = sum(_TURN_US + 2 * rows[role] * problem.k / (_TURN * device.read_gbs * 1e3) for role in config.turned)
+        return _LAUNCH_US + _CLUSTER_US * (config.cluster > 1) + longest + before
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
-        problem, most = call.problem, _tiles(call.problem._replace(m=call.m, batch=call.batch), config, most=True)
+        operands, turns, used = list(_operands(call, config)), [], 0
+        for i, x in enumerate(operands):
+            if x.role in config.turned:
+                step, operands[i] = _transpose(x, call.k, OUT + 1 + len(call.workspaces), used)
+                turns.append(step)
+                used += x.matrices * operands[i].strides[1] * x.rows
+        if turns:
+            turns[0] = turns[0]._replace(scratch=ceil_div(used, 4))
+        problem = _settled(call.problem)
+        size, most = ELEMENTS[problem.a].bits // 8, _tiles(problem._replace(m=call.m, batch=call.batch), config, most=True)
         clusters = most if config.split > 1 else min(most, config.clusters)
         pdl = problem.pdl and "prefetch"  # it waits before it reads anything
-        *before, step = gemm.steps(
+        *before, multiply = gemm.steps(
             call, self.name, _defines(problem, config), clusters * config.cluster, config.threads, smem(problem, config), pdl, clusters
         )  # fmt: skip
-        assert isinstance(step, Step)
-        return (*before, step._replace(maps=_maps(call, config)))
+        assert isinstance(multiply, Step)
+        return (*before, *turns, multiply._replace(maps=tuple(_map(x, call.k, size) for x in operands)))
 
 
 def promotes(problem: Problem) -> bool:
     """Whether sums leave the tensor cores after each step."""
     return problem.a in FLOATS8 and (problem.scale_block > 0 or problem.accumulate == "promoted")
+
+
+def _turned(problem: Problem) -> str:
+    """Operands that tensor cores cannot read as they lie."""
+    majors = (("a", problem.a_major), ("b", problem.b_major))
+    return "".join(role for role, major in majors if major == "mn" and problem.a in FLOATS8)
+
+
+def _settled(problem: Problem) -> Problem:
+    """With operands as the kernel reads them."""
+    return problem._replace(a_major="k", b_major="k") if problem.a in FLOATS8 else problem
 
 
 def _configs(problem: Problem, device: Device) -> list[Config]:
@@ -207,24 +239,49 @@ def smem(problem: Problem, config: Config) -> int:
     return ring + ceil_div(config.stages * 16, 128) * 128 + 4 * config.warpgroups * (2048 + 8 * config.columns)
 
 
-def _maps(call: GemmCall, config: Config) -> tuple[TensorMap, ...]:
-    problem, size = call.problem, ELEMENTS[call.problem.a].bits // 8
-    line = _LINE // size
+class _Operand(NamedTuple):
+    """Where one lies: strides count values, (matrix, row, k); offset: bytes behind the pointer. part: rows of a tile that a CTA brings."""
 
-    def of(pointer: int, rows: int, matrices: int, strides: tuple[int, int, int], major: str, part: int, shared: int) -> TensorMap:
-        matrix, row, k = strides
-        if major == "k":
-            axes, along, box = (call.k, rows), row, (line, part // shared, 1)
-        else:
-            axes, along, box = (rows, call.k), k, (_PANEL, _PANEL // shared, 1)
-        pitch = along * size or ceil_div(axes[0] * size, 16) * 16  # of an axis of length 1
-        apart = matrix * size or pitch * axes[1]
-        return TensorMap(pointer, size, (*axes, matrices if matrix else 1), (pitch, apart), box)
+    role: str
+    pointer: int
+    offset: int
+    rows: int
+    matrices: int
+    strides: tuple[int, int, int]
+    major: str
+    part: int
+    sharers: int
 
+
+def _operands(call: GemmCall, config: Config) -> tuple[_Operand, _Operand]:
+    problem = call.problem
+    matrices = (call.batch if call.a_strides[0] else 1), (call.experts if call.segments else call.batch) if call.b_strides[0] else 1
     return (
-        of(A, call.a_rows, call.batch, call.a_strides, problem.a_major, config.rows, config.share_a),
-        of(B, call.n, call.experts if call.segments else call.batch, call.b_strides, problem.b_major, config.columns, config.share_b),
+        _Operand("a", A, 0, call.a_rows, matrices[0], call.a_strides, problem.a_major, config.rows, config.share_a),
+        _Operand("b", B, 0, call.n, matrices[1], call.b_strides, problem.b_major, config.columns, config.share_b),
     )
+
+
+def _transpose(x: _Operand, k: int, scratch: int, offset: int) -> tuple[Step, _Operand]:
+    """The launch that makes an operand of bytes contiguous along k, so many bytes behind the pointer `scratch`; and what it is then."""
+    matrix, _, line = x.strides
+    pitch = ceil_div(k, 16) * 16
+    down, across = ceil_div(k, _TURN_TILE), ceil_div(x.rows, _TURN_TILE)
+    tail = _TRANSPOSE.pack(line, matrix, pitch, x.rows * pitch, offset, k, x.rows, down, across)
+    smem = _TURN_TILE * _TURN_TILE + _TURN_TILE
+    step = Step("transpose", (), x.matrices * down * across, _TURN_THREADS, smem, (x.pointer, scratch), (), tail)
+    strides = (x.rows * pitch if matrix else 0, pitch, 1)
+    return step, x._replace(pointer=scratch, offset=offset, strides=strides, major="k")
+
+
+def _map(x: _Operand, k: int, size: int) -> TensorMap:
+    matrix, row, step = x.strides
+    if x.major == "k":
+        axes, along, box = (k, x.rows), row, (_LINE // size, x.part // x.sharers, 1)
+    else:
+        axes, along, box = (x.rows, k), step, (_PANEL, _PANEL // x.sharers, 1)
+    pitch = along * size or ceil_div(axes[0] * size, 16) * 16  # of an axis of length 1
+    return TensorMap(x.pointer, size, (*axes, x.matrices), (pitch, matrix * size or pitch * axes[1]), box, x.offset)
 
 
 def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:

@@ -30,7 +30,8 @@ class Zero(NamedTuple):
 class TensorMap(NamedTuple):
     """What TMA knows of an array (128 bytes that the driver encodes), for boxes of at most three axes with 128-byte swizzle.
 
-    pointer: position in the pointer table. size, pitches: of the axes, the contiguous one first; pitches in bytes, of the others.
+    pointer: position in the pointer table; offset: bytes behind it. size, pitches: of the axes, the contiguous one first; pitches in
+    bytes, of the others.
     """
 
     pointer: int
@@ -38,6 +39,7 @@ class TensorMap(NamedTuple):
     size: tuple[int, int, int]
     pitches: tuple[int, int]
     box: tuple[int, int, int]
+    offset: int = 0
 
 
 class Step(NamedTuple):

@@ -243,7 +243,8 @@ int run(unsigned grid, unsigned block, unsigned cluster_size, Kernel kernel) {
     entry = &kernel;
     threads = block, blockDim.x = block, gridDim.x = grid;
     for (unsigned number = 0; number < grid; number += ctas) {
-        for (unsigned i = 0; i < ctas; ++i) memset(shared[i], 0xFF, shared_size), memset(view[i], 0xFF, shared_size), cta[i] = {}, memset(named[i], 0, sizeof named[i]);
+        for (unsigned i = 0; i < ctas; ++i)
+            memset(shared[i], 0xFF, shared_size), memset(view[i], 0xFF, shared_size), cta[i] = {}, memset(named[i], 0, sizeof named[i]);
         for (Warp& warp : warps) warp.barrier = {};
         cluster = predecessor = {};
         for (unsigned i = 0; i < all; ++i) {

@@ -37,7 +37,7 @@ inline void arrive(Mbarrier& barrier) {
 
 // Boxes of tensors that were asked for and have not come: they come in any order, at once or when somebody waits.
 struct Box {
-    TensorMap map;  // NOTE: of its thread, which may end first
+    TensorMap map;          // NOTE: of its thread, which may end first
     u32 to, barrier, mask;  // mask: of CTAs
     i32 from[3];
 };
@@ -230,19 +230,19 @@ inline u64 swizzled_descriptor(u32 shared, u32 mn_bytes) {
     return matrix_descriptor(shared, mn_bytes, 1024) | 1ull << 62;
 }
 
-#define PRODUCTS_OF_REGISTERS(name, decode)                                                        \
-    template <int kBlocks>                                                                         \
-    void name(float (&d)[kBlocks][4], const u32 (&a)[4], u64 b) {                                  \
+#define PRODUCTS_OF_REGISTERS(name, decode)                                                           \
+    template <int kBlocks>                                                                            \
+    void name(float (&d)[kBlocks][4], const u32(&a)[4], u64 b) {                                      \
         emulator::multiply_async({d[0], a, 0, b, kBlocks, 0, 2, false, false, true, decode, decode}); \
     }
-#define PRODUCTS_OF_16_BITS(name, decode)                                                                           \
-    template <int kTurnedA, int kTurnedB, int kBlocks>                                                              \
-    void name(float (&d)[kBlocks][4], u64 a, u64 b, bool add) {                                                     \
+#define PRODUCTS_OF_16_BITS(name, decode)                                                                                  \
+    template <int kTurnedA, int kTurnedB, int kBlocks>                                                                     \
+    void name(float (&d)[kBlocks][4], u64 a, u64 b, bool add) {                                                            \
         emulator::multiply_async({d[0], nullptr, a, b, kBlocks, 0, 2, kTurnedA == 1, kTurnedB == 1, add, decode, decode}); \
     }
-#define PRODUCTS_OF_8_BITS(name, decode_a, decode_b)                                                          \
-    template <int kBlocks>                                                                                    \
-    void name(float (&d)[kBlocks][4], u64 a, u64 b, bool add) {                                               \
+#define PRODUCTS_OF_8_BITS(name, decode_a, decode_b)                                                           \
+    template <int kBlocks>                                                                                     \
+    void name(float (&d)[kBlocks][4], u64 a, u64 b, bool add) {                                                \
         emulator::multiply_async({d[0], nullptr, a, b, kBlocks, 0, 1, false, false, add, decode_a, decode_b}); \
     }
 PRODUCTS_OF_REGISTERS(wgmma_bf16, emulator::bf16)
