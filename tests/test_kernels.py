@@ -40,7 +40,7 @@ DEVICES = {
     "sm_121a": Device("GB10", 48, 2_400_000, 254.0, 24 << 20, 100 << 10),
 }
 ARCHS = tuple(DEVICES)
-MOST_PER_ARCH = 380
+MOST_PER_ARCH = 440
 
 DECODES = {
     **{name: (name, "", False) for name in ("bf16", "fp16", "e4m3", "e5m2", "e2m1", "e2m1x2", "int8", "int4x2")},
