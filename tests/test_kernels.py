@@ -384,7 +384,7 @@ def test_every_decode_and_mode_appears() -> None:
 
 def test_the_list_is_finite() -> None:
     assert max(len(jobs_of(target)) for target in ARCHS) <= MOST_PER_ARCH
-    assert sum(len(jobs_of(target)) for target in ARCHS) <= 2750, "the test below would take too long"
+    assert sum(len(jobs_of(target)) for target in ARCHS) <= 2800, "the test below would take too long"
 
 
 def complaints(job: Job) -> list[str]:
