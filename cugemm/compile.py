@@ -42,7 +42,7 @@ OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=--warn-on-spills")
 PACK = "pack.json"
 INSTALL = 'pip install "cugemm[cuda12]"'
 _INSTALL_13 = 'pip install "cugemm[cuda13]"'
-_REMARK = re.compile(r"\(C75(?:08|10|11|13|14|17)\)|registers are spilled|spill stores", re.IGNORECASE)
+_REMARK = re.compile(r"\(C75(?:08|10|11|13|14|15|17)\)|registers are spilled|spill stores", re.IGNORECASE)
 
 stats: Counter[Origin] = Counter()
 """How many cubins this process took from a pack, from the cache, and from the compiler."""

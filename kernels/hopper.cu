@@ -238,7 +238,7 @@ __device__ __forceinline__ void multiply_all(Sums& sum, Ring& ring, const Place&
         const Tiles tiles(ring, at.warp / 4);
         wgmma_fence();
 #pragma unroll
-        for (int wave = 0; wave < WAVES; ++wave) tiles.multiply(sum[wave], wave, step > 0);
+        for (int wave = 0; wave < WAVES; ++wave) tiles.multiply(sum[wave], wave, true);
         wgmma_commit();
         wgmma_wait<1>();
         if (step > 0) release(ring, before, at);
@@ -544,11 +544,9 @@ __device__ __forceinline__ void consume(const TensorArgs& args, Ring ring, const
             continue;
         }
         const auto columns = [&] { load_columns(args, work, at, ring.columns(at.warp)); };
-        Sums sum;
+        Sums sum = {};  // NOTE: compilers before CUDA 12.9 do products one by one whose sums a first product begins
         if constexpr (PROMOTE) {
             columns();
-#pragma unroll
-            for (int i = 0; i < WAVES * kBlocks * 4; ++i) sum[i / (kBlocks * 4)][i / 4 % kBlocks][i % 4] = 0.f;
             multiply_promoted(sum, ring, args, work, at, steps);
         } else {
             multiply_all(sum, ring, at, steps.count, columns);

@@ -92,6 +92,7 @@ tiny.cu(3): warning #177-D: variable "i" was declared but never referenced
 """
     found = compiler.remarks(text)
     assert [("C7510" in line, "spilled" in line) for line in found] == [(True, False), (False, True)]
+    assert compiler.remarks("ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized") != []
     assert compiler.remarks("ptxas info    : (C7507) something else") == []
 
 
