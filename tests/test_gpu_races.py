@@ -37,10 +37,10 @@ SEEDS = (1, 2, 3)
 BROKEN = {
     "skinny": "__syncthreads();  // all have left their sums",
     "swap_ab": "if (p == 0) mbarrier_wait(shared.full(slot), shared.parity(number + step));",
-    "hopper": "if (around) mbarrier_wait(ring.empty(ring.slot), ring.phase ^ 1);",
+    "hopper": "wgmma_wait<1>();",
     "portable": "__syncthreads();  // tile t is complete, and everybody is done with the stage of tile t - 1",
 }
-"""A barrier of the kernel: sums of warps meet behind it; rows of A are there behind it; a slot has been read; a tile is complete."""
+"""A barrier of the kernel: sums of warps meet behind it; rows of A are there behind it; products of a slot that is given back; a tile."""
 
 
 @pytest.fixture(scope="module")
