@@ -710,7 +710,7 @@ ERRORS: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "backend of group": (
         ValueError,
         lambda: g8(A8, B8, SA, SB, INDPTR, scale_major_mode="K", backend="cutlass"),
-        "wanted one of 'auto', 'skinny', 'swap_ab', 'portable', 'trtllm', 'cutile'.",
+        "wanted one of 'auto', 'skinny', 'swap_ab', 'hopper', 'portable', 'trtllm', 'cutile'.",
     ),
     "mma_sm mx": (
         ValueError,
@@ -774,7 +774,7 @@ ERRORS: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "mm backend": (
         ValueError,
         lambda: cugemm.grouped_mm_fp8(A8, B8, INDPTR, backend="trtllm"),
-        "backend is 'trtllm'; wanted one of 'auto', 'skinny', 'swap_ab', 'portable', 'cudnn'.",
+        "backend is 'trtllm'; wanted one of 'auto', 'skinny', 'swap_ab', 'hopper', 'portable', 'cudnn'.",
     ),
     "mm alpha": (
         ValueError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import re
 import shutil
@@ -230,7 +231,7 @@ def test_wrong_device_values_select_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 def test_any_size(config: tuple[int, ...]) -> None:
     """One build, tails of every axis."""
     rng = np.random.default_rng(config[0])
-    for seed in range(12):
+    for seed in range(8):
         m, n, k = (int(x) for x in (rng.integers(1, 300), rng.integers(1, 200), 8 * rng.integers(1, 40)))
         pair = formats.make(seed, m, n, k, "bf16", "bf16", exact=True)
         out = oracles.poison((m, n), "bfloat16")
@@ -262,27 +263,27 @@ def test_delays_change_no_bit() -> None:
 
 
 FAULTS = {
-    "reads ahead of TMA": ("mbarrier_wait(ring.full(ring.slot), ring.phase);", "", False),
-    "overwrites what is read": ("if (around) mbarrier_wait", "if (false) mbarrier_wait", True),
-    "gives back too early": ("if (step > 0) release(ring, before, at);", "release(ring, ring.slot, at);", True),
-    "stores sums under way": ("wgmma_wait<0>();", "", False),
-    "stores lines that others write": ("__syncwarp();\n            store(block);", "store(block);", False),
+    "reads ahead of TMA": ("mbarrier_wait(ring.full(ring.slot), ring.phase);", ""),
+    "overwrites what is read": ("if (around) mbarrier_wait", "if (false) mbarrier_wait"),
+    "gives back too early": ("if (step > 0) release(ring, before, at);", "release(ring, ring.slot, at);"),
+    "stores sums under way": ("wgmma_wait<0>();", ""),
+    "stores lines that others write": ("__syncwarp();\n            store(block);", "store(block);"),
 }
-"""What is left out of the kernel, and whether copies come at once."""
+"""What is left out of the kernel, and what is there instead."""
 
 
 @emulating
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_show(fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each of the waits is needed, in one of a few schedules at least."""
-    old, new, _ = FAULTS[fault]
+    old, new = FAULTS[fault]
     sources = tmp_path / "kernels"
     shutil.copytree(emulated._sources(), sources, ignore=shutil.ignore_patterns("*.so"))
     text = (sources / "hopper.cu").read_text()
     assert old in text
     (sources / "hopper.cu").write_text(text.replace(old, new, 1))
     monkeypatch.setattr(emulated, "_sources", lambda: sources)
-    monkeypatch.setattr(emulated, "_library", emulated._library.__wrapped__)
+    monkeypatch.setattr(emulated, "_library", functools.cache(emulated._library.__wrapped__))
     pair = formats.make(9, 130, 100, 1160, "bf16", "bf16", exact=True)
 
     def right(seed: int, eager: bool) -> bool:
@@ -294,7 +295,7 @@ def test_faults_show(fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
             return False
         return True
 
-    assert not all(right(seed, eager) for seed in range(3) for eager in (False, True))
+    assert not all(right(seed, eager) for seed, eager in itertools.product(range(3), (False, True)))
 
 
 # --- what is taken ----------------------------------------------------------------------------------------------------------------------
