@@ -39,7 +39,7 @@ _thread = _Thread()
 class Maps(dict[int, bytes]):
     """What TMA knows of one operand of a launch, by the pointer that came with it; as many as a model has layers of one shape."""
 
-    _MOST = 512
+    _MOST, _NONE = 512, bytes(128)
 
     def __init__(self, map: TensorMap, pointer: int, offset: int, device: int) -> None:
         self.map, self.pointer, self.offset, self.device = map, pointer, offset, device
@@ -47,8 +47,11 @@ class Maps(dict[int, bytes]):
     def __missing__(self, pointer: int) -> bytes:
         if len(self) >= self._MOST:
             self.clear()
+        address = pointer + self.map.offset
+        if address % 16:  # a result that TMA cannot store
+            return self._NONE
         with driver.on_device(self.device):  # a thread may have no context yet
-            found = self[pointer] = driver.tensor_map(pointer + self.map.offset, *self.map[1:-1])
+            found = self[pointer] = driver.tensor_map(address, *self.map[1:-1])
         return found
 
 

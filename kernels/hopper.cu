@@ -1,15 +1,16 @@
 // D = epilogue(A @ B) by warpgroup products of tiles that TMA brings to shared memory: 16-bit or fp8 operands, dense, batched, masked, or in
 // segments of successive rows. sm_90a.
 //
-//   roles     one thread asks TMA for steps of 128 bytes along k, up to STAGES ahead and across tiles; WARPGROUPS multiply them, 64 WAVES
-//             rows each, and store
+//   roles     one thread asks TMA for steps of 128 bytes along k, up to STAGES ahead and across tiles; warps beside it bring scales;
+//             WARPGROUPS multiply, 64 WAVES rows each, and store
 //   tiles     CTAs stay on their SMs and take tiles of BLOCK_M x BLOCK_N one after the other, in patches that share operands (schedule.cuh)
+//   apart     two warpgroups work together at a tile, or, APART, each at its own, in turns
 //   clusters  SHARE_B CTAs have successive row tiles and the same columns of B, or SHARE_A successive column tiles and the same rows of A:
 //             each brings a part of the shared tile, for all of them
 //   k         or SPLIT CTAs of a cluster cut k, where tiles are few; then each stores some columns, and has one tile
-//   lead      of two warpgroups the first is LEAD steps ahead, so that one multiplies while the other stores
 //   sums      stay in the tensor cores, or with PROMOTE those of 128 bytes along k are added up outside; SCALE_BLOCK: scaled by floats then
-//   shared    STAGES x (tile of A, tile of B), swizzled | barriers | lines of results, for each warp | what scales columns, and is added
+//   shared    STAGES x (tile of A, tile of B), swizzled | LINES x 16 lines of results for each warp, which TMA stores | what scales columns,
+//             and is added; what scales rows; STAGES x scales of a step | barriers
 //   launch    everything waits for the kernel ahead
 //
 // Not handled: operands of different sizes, scales inside of values, gathered rows, fp8 contiguous along m or n (wgmma has none;
@@ -22,27 +23,32 @@
 #include "common/scales.cuh"
 #include "common/schedule.cuh"
 
-constexpr int kConsumers = 4 * WARPGROUPS, kThreads = 128 * (WARPGROUPS + 1);  // warps; the first warpgroup brings
-constexpr int kBlockM = 64 * WARPGROUPS * WAVES, kBlocks = BLOCK_N / 8;        // blocks: of 8 columns, as fragments have them
+constexpr int kConsumers = 4 * WARPGROUPS, kThreads = 128 * (WARPGROUPS + 1);       // warps; the first warpgroup brings
+constexpr int kTogether = APART ? 1 : WARPGROUPS, kTiles = WARPGROUPS / kTogether;  // warpgroups at one tile; tiles under way
+constexpr int kBlockM = 64 * kTogether * WAVES, kBlocks = BLOCK_N / 8;              // blocks: of 8 columns, as fragments have them
 constexpr int kValueBytes = A_ELEMENT == kBf16 || A_ELEMENT == kFp16 ? 2 : 1, kStepValues = 128 / kValueBytes;
 constexpr int kSharing = SHARE_A * SHARE_B, kCluster = kSharing * SPLIT;
 // Of a thread: what producers do not need is given to those who multiply.
 constexpr bool kShift = WARPGROUPS > 1;
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kProducerRegisters = SCALE_BLOCK == 0 ? 40 : 56, kConsumerRegisters = SCALE_BLOCK == 0 ? 232 : 224;
 static_assert(SCALE_BLOCK == 0 || (PROMOTE && SCALE_BLOCK == kStepValues), "block scales multiply the sums of a step");
 static_assert(BLOCK_N % (16 * SPLIT) == 0 && BLOCK_N <= 256 && STAGES > 1);
 static_assert(kValueBytes == 2 || (A_MAJOR == 0 && B_MAJOR == 0));
+static_assert(!APART || (WARPGROUPS == 2 && SPLIT == 1 && !PROMOTE), "while one stores, the other one multiplies");
 static_assert((SHARE_A == 1 || SHARE_B == 1) && (kSharing == 1 || SPLIT == 1), "clusters have one purpose");
 
 // Python packs the maps behind `Args`.
 struct TensorArgs : Args {
-    TensorMap a_map, b_map;
+    TensorMap a_map, b_map, out_map;
 };
-static_assert(sizeof(TensorArgs) == sizeof(Args) + 256, "the host packs this layout");
+static_assert(sizeof(TensorArgs) == sizeof(Args) + 384, "the host packs this layout");
 
 // Where a thread is among those that multiply.
 struct Place {
     int warp, lane, g, t;  // warp: of those; g, t: as in fragments
+
+    __device__ __forceinline__ int warpgroup() const { return warp / 4; }
+    __device__ __forceinline__ int row_in_tile(int wave) const { return (warpgroup() % kTogether * WAVES + wave) * 64 + warp % 4 * 16 + g; }
 };
 
 // Shared memory -------------------------------------------------------------------------------------------------------------------
@@ -50,6 +56,9 @@ struct Place {
 // A tile is rows of 128 bytes along k, or for each 64 of m or n such a panel of 64 k.
 constexpr int kBytesA = kBlockM * 128, kBytesB = (B_MAJOR ? (BLOCK_N + 63) / 64 * 64 : BLOCK_N) * 128, kStage = kBytesA + kBytesB;
 constexpr int kPanel = 64 * 128;
+constexpr int kFactors = BLOCK_N * 8 + kBlockM * 4;                // of a tile
+constexpr int kLines = LINES * 2048;                               // of a warp
+constexpr int kScales = SCALE_BLOCK == 0 ? 0 : (kBlockM + 4) * 4;  // of a step: of rows, and of two blocks of columns
 
 // The steps in shared memory. All that a CTA goes through are numbered; here are the slot and the phase of one of them.
 struct Ring {
@@ -59,13 +68,21 @@ struct Ring {
     __device__ __forceinline__ void advance() {
         if (++slot == STAGES) slot = 0, phase ^= 1;
     }
+    __device__ __forceinline__ void skip(u32 steps) {
+        slot += steps % STAGES, phase ^= steps / STAGES & 1;
+        if (slot >= STAGES) slot -= STAGES, phase ^= 1;
+    }
     __device__ __forceinline__ u32 a() const { return first + slot * kStage; }
     __device__ __forceinline__ u32 b() const { return a() + kBytesA; }
-    __device__ __forceinline__ u32 barriers() const { return first + STAGES * kStage; }
+    __device__ __forceinline__ u32 lines(int warp) const { return first + STAGES * kStage + warp * kLines; }
+    __device__ __forceinline__ u32 columns(u32 tile) const { return lines(kConsumers) + tile * kFactors; }
+    __device__ __forceinline__ u32 rows(u32 tile) const { return columns(tile) + BLOCK_N * 8; }
+    __device__ __forceinline__ u32 scales() const { return columns(kTiles) + slot * kScales; }
+    __device__ __forceinline__ u32 barriers() const { return columns(kTiles) + STAGES * kScales; }
     __device__ __forceinline__ u32 full(u32 slot) const { return barriers() + 16 * slot; }
     __device__ __forceinline__ u32 empty(u32 slot) const { return barriers() + 16 * slot + 8; }
-    __device__ __forceinline__ u32 lines(int warp) const { return barriers() + (STAGES * 16 + 127) / 128 * 128 + warp * 2048; }
-    __device__ __forceinline__ u32 columns(int warp) const { return lines(kConsumers) + warp * BLOCK_N * 8; }
+    __device__ __forceinline__ u32 factors_full(u32 tile) const { return full(STAGES + tile); }
+    __device__ __forceinline__ u32 factors_empty(u32 tile) const { return empty(STAGES + tile); }
 };
 static_assert(SPLIT == 1 || kBlockM * BLOCK_N * 4 <= STAGES * kStage, "sums take the place of the ring");
 
@@ -101,6 +118,11 @@ struct Steps {
     }
 };
 
+// Whether columns have factors of their own, or bias; a tensor's scale goes with the rows'.
+__device__ __forceinline__ bool scaled_by_column(const Args& args) {
+    return (args.b_outer != 0 && args.b_outers.row != 0) || (args.bias != 0 && args.bias_row == 0);
+}
+
 // Producer ------------------------------------------------------------------------------------------------------------------------
 
 // One operand's tile of a step. kSharers CTAs need it, of which this one brings part `rank`, to all.
@@ -120,43 +142,130 @@ __device__ __forceinline__ void bring(const TensorMap& map, u32 to, i32 row, i32
     }
 }
 
-// By one warp, whose first lane brings.
-__device__ __forceinline__ void produce(const TensorArgs& args, Ring ring, int lane, int rank) {
-    const u32 tiles = tiles_of(args), clusters = gridDim.x / kCluster;
-    const Steps steps(args, rank);
+// Where a producer is in the ring: the slots it fills, once they are given back.
+struct Filling {
+    Ring ring;
     bool around = false;  // the ring has been filled once
-    const auto wait_for_slot = [&] {
+
+    __device__ __forceinline__ void wait_for_slot() const {
         delay();
         if (around) mbarrier_wait(ring.empty(ring.slot), ring.phase ^ 1);
-    };
-    const auto advance = [&] {
+    }
+    __device__ __forceinline__ void advance() {
         ring.advance();
         around |= ring.slot == 0;
-    };
+    }
+};
+
+// The tiles of a CTA, one after the other.
+template <class Each>
+__device__ __forceinline__ void for_tiles(const Args& args, int rank, Each each) {
+    const u32 tiles = tiles_of(args), clusters = gridDim.x / kCluster;
 #pragma unroll 1
-    for (u32 number = blockIdx.x / kCluster; number < tiles; number += clusters) {
-        const Work work = work_of(args, number, rank);
-        if (!work.any) continue;
+    for (u32 number = blockIdx.x / kCluster; number < tiles; number += clusters) each(work_of(args, number, rank));
+}
+
+// By one warp, whose first lane brings.
+__device__ __forceinline__ void produce(const TensorArgs& args, Ring ring, int lane, int rank) {
+    const Steps steps(args, rank);
+    Filling at{ring};
+    for_tiles(args, rank, [&](const Work& work) {
         const i32 batch = args.a_batch ? work.batch : 0, expert = args.b_batch ? work.expert : 0;
-        if (lane == 0) {
+        if (lane == 0 && work.any) {
 #pragma unroll 1
             for (i32 step = 0; step < steps.count; ++step) {
-                const u32 full = ring.full(ring.slot);
+                const u32 full = at.ring.full(at.ring.slot);
                 const i32 k = (steps.first + step) * kStepValues;
-                wait_for_slot();
+                at.wait_for_slot();
                 mbarrier_arrive_expecting(full, kStage);
-                bring<A_MAJOR, kBlockM, SHARE_A>(args.a_map, ring.a(), work.row_begin, k, batch, full, rank);
-                bring<B_MAJOR, BLOCK_N, SHARE_B>(args.b_map, ring.b(), work.column_begin, k, expert, full, rank);
-                advance();
+                bring<A_MAJOR, kBlockM, SHARE_A>(args.a_map, at.ring.a(), work.row_begin, k, batch, full, rank);
+                bring<B_MAJOR, BLOCK_N, SHARE_B>(args.b_map, at.ring.b(), work.column_begin, k, expert, full, rank);
+                at.advance();
             }
         }
         __syncwarp();
-    }
+    });
     // Nobody leaves before all arrivals at its barriers have come.
     for (int i = 0; kSharing > 1 && lane == 0 && i < STAGES; ++i) {
-        wait_for_slot();
-        advance();
+        at.wait_for_slot();
+        at.advance();
     }
+}
+
+// By one warp: what scales the rows and columns of a tile, and is added, when those of the tile before have been used.
+__device__ __forceinline__ void produce_factors(const Args& args, const Ring& ring, int lane, int rank) {
+    const float alpha = args.alpha ? load_float(args.alpha, 0, args.alpha_type) : args.alpha_value;
+    const bool by_column = scaled_by_column(args);
+    u32 phase = 1, tile = 0;  // the first wait ends at once
+    for_tiles(args, rank, [&](const Work& work) {
+        if (!work.any) return;
+        const float whole = by_column ? alpha : alpha * outer_scale(args.b_outer, args.b_outers, work.expert, 0, args.b_outer_value);
+        const i32 from = first_scale_row(args.a_outers, work, work.row_begin, args.m);
+        delay();
+        mbarrier_wait(ring.factors_empty(tile), phase);
+#pragma unroll 2
+        for (int r = lane; r < kBlockM; r += 32) {
+            const i32 m = larger(0, smaller(work.row_begin + r, work.row_end - 1));
+            const i32 row = from < 0 ? m : from + m - work.row_begin;
+            store_shared_u32(ring.rows(tile) + r * 4,
+                             __float_as_uint(outer_scale(args.a_outer, args.a_outers, work.batch, row, args.a_outer_value) * whole));
+        }
+#pragma unroll 2
+        for (int c = lane; by_column && c < BLOCK_N; c += 32) {
+            const i32 n = smaller(work.column_begin + c, args.n - 1);
+            const float factor = outer_scale(args.b_outer, args.b_outers, work.expert, n, args.b_outer_value);
+            const bool own = args.bias != 0 && args.bias_row == 0;
+            const float bias = own ? load_float(args.bias, work.expert * args.bias_expert + n, args.bias_type) : 0.f;
+            store_shared_8(ring.columns(tile) + c * 8, __float_as_uint(factor), __float_as_uint(bias));
+        }
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(ring.factors_full(tile));
+        if (++tile == kTiles) tile = 0, phase ^= 1;
+    });
+}
+
+// By two warps: the floats that scale the sums of each step.
+__device__ __forceinline__ void produce_scales(const Args& args, Ring ring, int thread, int rank) {
+    constexpr int kRows = kBlockM / 64;  // of a thread
+    const Steps steps(args, rank);
+    Filling at{ring};
+    for_tiles(args, rank, [&](const Work& work) {
+        if (!work.any) return;
+        RowScales<kRows> of_a;
+        RowScales<1> of_b;
+        of_a.begin(args.a_scales, args.a_scale, work.batch);
+        of_b.begin(args.b_scales, args.b_scale, work.expert);
+        const i32 from = first_scale_row(args.a_scales, work, work.row_begin, args.m);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            const i32 row = larger(0, smaller(work.row_begin + thread + 64 * i, work.row_end - 1));
+            of_a.row[i] = (from < 0 ? row : from + row - work.row_begin) / args.a_scales.rows * static_cast<i32>(args.a_scales.row);
+        }
+        const i32 block = work.column_begin / args.b_scales.rows + thread;  // of columns
+        of_b.row[0] = smaller(block, (args.n - 1) / args.b_scales.rows) * static_cast<i32>(args.b_scales.row);
+        float a[2][kRows], b[2][1];  // of this step and the next one
+        const auto load = [&](i32 step, int i) {
+            const i32 k = (steps.first + smaller(step, steps.count - 1)) * SCALE_BLOCK;
+            of_a.load(args.a_scales, k >> args.a_scales.shift, a[i]);
+            if (thread < 2) of_b.load(args.b_scales, k >> args.b_scales.shift, b[i]);
+        };
+        load(0, 0);
+        load(1, 1);
+#pragma unroll 1
+        for (i32 step = 0; step < steps.count; step += 2)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                if (step + i >= steps.count) return;
+                at.wait_for_slot();
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) store_shared_u32(at.ring.scales() + (thread + 64 * r) * 4, __float_as_uint(a[i][r]));
+                if (thread < 2) store_shared_u32(at.ring.scales() + (kBlockM + thread) * 4, __float_as_uint(b[i][0]));
+                __syncwarp();
+                if (thread % 32 == 0) mbarrier_arrive(at.ring.full(at.ring.slot));
+                load(step + i + 2, i);
+                at.advance();
+            }
+    });
 }
 
 // Main loop -----------------------------------------------------------------------------------------------------------------------
@@ -210,43 +319,43 @@ __device__ __forceinline__ void release(const Ring& ring, u32 slot, const Place&
     }
 }
 
-// The first of two warpgroups begins a tile; the other one does when LEAD steps of it have been asked for. With fewer steps than slots, the
-// first could be a whole tile ahead, and nobody leads.
-struct Lead {
-    bool leads, follows;
+// Two warpgroups with a tile each multiply in turns, so that one stores while the other multiplies. Products asked for at the same time would
+// share the tensor cores, and end at the same time.
+struct Turns {
+    u32 own, other;  // barriers
 
-    __device__ __forceinline__ Lead(const Place& at, i32 steps)
-        : leads(LEAD > 0 && steps > STAGES && at.warp < 4), follows(LEAD > 0 && steps > STAGES && at.warp >= 4) {}
-    __device__ __forceinline__ void begin() const {
-        if (follows) barrier_wait<1, kConsumers * 32>();
+    __device__ __forceinline__ explicit Turns(const Place& at) : own(1 + at.warpgroup()), other(2 - at.warpgroup()) {
+        if (APART && own == 2) barrier_arrive<kConsumers * 32>(other);  // the first one begins
     }
-    __device__ __forceinline__ void at_step(i32 step) const {
-        if (step == LEAD && leads) barrier_arrive<1, kConsumers * 32>();
+    __device__ __forceinline__ void take() const {
+        if (APART) barrier_wait<kConsumers * 32>(own);
+    }
+    __device__ __forceinline__ void pass() const {
+        if (APART) barrier_arrive<kConsumers * 32>(other);
+    }
+    __device__ __forceinline__ void end(u32 turn) const {  // somebody takes the turn that nobody needs
+        if (APART && own == 1 + turn % 2) barrier_wait<kConsumers * 32>(own);
     }
 };
-static_assert(LEAD == 0 || (WARPGROUPS == 2 && LEAD < STAGES));
 
 // Sums stay in the tensor cores: the products of a step begin before those of the one before it have ended.
-template <class Meanwhile>
-__device__ __forceinline__ void multiply_all(Sums& sum, Ring& ring, const Place& at, i32 steps, Meanwhile meanwhile) {
-    const Lead lead(at, steps);
-    lead.begin();
+__device__ __forceinline__ void multiply_all(Sums& sum, Ring& ring, const Place& at, i32 steps, const Turns& turns) {
     u32 before = 0;
+    turns.take();
 #pragma unroll 1
     for (i32 step = 0; step < steps; ++step) {
         mbarrier_wait(ring.full(ring.slot), ring.phase);
-        const Tiles tiles(ring, at.warp / 4);
+        const Tiles tiles(ring, at.warpgroup() % kTogether);
         wgmma_fence();
 #pragma unroll
         for (int wave = 0; wave < WAVES; ++wave) tiles.multiply(sum[wave], wave, true);
         wgmma_commit();
         wgmma_wait<1>();
         if (step > 0) release(ring, before, at);
-        lead.at_step(step);
         before = ring.slot;
         ring.advance();
     }
-    meanwhile();  // the last step is being multiplied
+    turns.pass();  // the other one's products follow these
     wgmma_wait<0>();
 #pragma unroll
     for (int wave = 0; wave < WAVES; ++wave) keep(sum[wave]);
@@ -255,40 +364,19 @@ __device__ __forceinline__ void multiply_all(Sums& sum, Ring& ring, const Place&
 
 // Floats that scale the sums of a step.
 struct StepScales {
-    static constexpr int kTogether = smaller(128, BLOCK_N & -BLOCK_N);  // columns that are in one block in any tile
-    static constexpr bool kOne = kTogether == BLOCK_N;                  // block in a tile, else up to two
-    RowScales<WAVES * 2> of_a;
-    RowScales<2> of_b;
-    i32 border;  // columns of the first block
-    float a[WAVES * 2], b[2], next_a[WAVES * 2], next_b[2];
+    static constexpr int kAlike = smaller(128, BLOCK_N & -BLOCK_N);  // columns that are in one block in any tile
+    static constexpr bool kOne = kAlike == BLOCK_N;                  // block in a tile, else up to two
+    i32 border;                                                      // columns of the first block
+    float a[WAVES * 2], b[2];
 
-    __device__ __forceinline__ StepScales(const Args& args, const Work& work, const Place& at) {
-        if constexpr (SCALE_BLOCK == 0) return;
-        of_a.begin(args.a_scales, args.a_scale, work.batch);
-        const i32 from = first_scale_row(args.a_scales, work, work.row_begin, args.m);
+    __device__ __forceinline__ StepScales(const Args& args, const Work& work) {
+        const i32 rows = args.b_scales.rows;
+        border = (work.column_begin / rows + 1) * rows - work.column_begin;
+    }
+    __device__ __forceinline__ void read(u32 scales, const Place& at) {
 #pragma unroll
-        for (int i = 0; i < WAVES * 2; ++i) {
-            const i32 row = larger(0, smaller(work.row_begin + row_in_tile(at, i / 2) + i % 2 * 8, work.row_end - 1));
-            of_a.row[i] = (from < 0 ? row : from + row - work.row_begin) / args.a_scales.rows * static_cast<i32>(args.a_scales.row);
-        }
-        of_b.begin(args.b_scales, args.b_scale, work.expert);
-        const i32 rows = args.b_scales.rows, first = work.column_begin / rows, last = (args.n - 1) / rows;
-        border = (first + 1) * rows - work.column_begin;
-        of_b.row[0] = smaller(first, last) * static_cast<i32>(args.b_scales.row);
-        of_b.row[1] = smaller(first + 1, last) * static_cast<i32>(args.b_scales.row);
-    }
-    static __device__ __forceinline__ int row_in_tile(const Place& at, int wave) {
-        return (at.warp / 4 * WAVES + wave) * 64 + at.warp % 4 * 16 + at.g;
-    }
-    // Of a step that comes later; `take` when it has come.
-    __device__ __forceinline__ void load(const Args& args, i32 step) {
-        of_a.load(args.a_scales, step * SCALE_BLOCK >> args.a_scales.shift, next_a);
-        of_b.load(args.b_scales, step * SCALE_BLOCK >> args.b_scales.shift, next_b);
-    }
-    __device__ __forceinline__ void take() {
-#pragma unroll
-        for (int i = 0; i < WAVES * 2; ++i) a[i] = next_a[i];
-        b[0] = next_b[0], b[1] = next_b[1];
+        for (int i = 0; i < WAVES * 2; ++i) a[i] = load_shared_float(scales + (at.row_in_tile(i / 2) + i % 2 * 8) * 4);
+        b[0] = load_shared_float(scales + kBlockM * 4), b[1] = load_shared_float(scales + kBlockM * 4 + 4);
     }
     __device__ __forceinline__ void add(float (&sum)[kBlocks][4], const float (&part)[kBlocks][4], int wave) const {
         float factor[2][2], f[2];
@@ -296,7 +384,7 @@ struct StepScales {
         for (int i = 0; i < 4; ++i) factor[i / 2][i % 2] = a[wave * 2 + i / 2] * b[i % 2];
 #pragma unroll
         for (int j = 0; j < kBlocks; ++j) {
-            if (j * 8 % kTogether == 0) {
+            if (j * 8 % kAlike == 0) {
                 const bool second = !kOne && j * 8 >= border;
                 f[0] = second ? factor[0][1] : factor[0][0], f[1] = second ? factor[1][1] : factor[1][0];
             }
@@ -306,31 +394,23 @@ struct StepScales {
     }
 };
 
-// Sums leave the tensor cores after each step. While those of one warpgroup are added up, another one multiplies.
-__device__ __forceinline__ void multiply_promoted(Sums& sum, Ring& ring, const Args& args, const Work& work, const Place& at,
-                                                  const Steps& steps) {
-    StepScales scales(args, work, at);
+// Sums leave the tensor cores after each step. While those of one warpgroup are added up, the other one multiplies.
+__device__ __forceinline__ void multiply_promoted(Sums& sum, Ring& ring, const Args& args, const Work& work, const Place& at, i32 steps) {
+    StepScales scales(args, work);
     float part[kBlocks][4];
-    if constexpr (SCALE_BLOCK != 0) scales.load(args, steps.first);
-    const Lead lead(at, steps.count);
-    lead.begin();
 #pragma unroll 1
-    for (i32 step = 0; step < steps.count; ++step) {
-        if constexpr (SCALE_BLOCK != 0) {  // NOTE: a step ahead, or products would wait for scales
-            scales.take();
-            scales.load(args, steps.first + smaller(step + 1, steps.count - 1));
-        }
+    for (i32 step = 0; step < steps; ++step) {
         mbarrier_wait(ring.full(ring.slot), ring.phase);
-        const Tiles tiles(ring, at.warp / 4);
+        const Tiles tiles(ring, at.warpgroup() % kTogether);
 #pragma unroll
         for (int wave = 0; wave < WAVES; ++wave) {
             wgmma_fence();
             tiles.multiply(part, wave, false);
             wgmma_commit();
+            if (SCALE_BLOCK != 0 && wave == 0) scales.read(ring.scales(), at);
             wgmma_wait<0>();
             keep(part);
             if (wave == WAVES - 1) release(ring, ring.slot, at);
-            if (wave == WAVES - 1) lead.at_step(step);
             if constexpr (SCALE_BLOCK != 0) {
                 scales.add(sum[wave], part, wave);
             } else {
@@ -344,61 +424,77 @@ __device__ __forceinline__ void multiply_promoted(Sums& sum, Ring& ring, const A
 
 // Results -------------------------------------------------------------------------------------------------------------------------
 
-// What scales columns of D, and is added to them, in shared memory: pairs of floats for each of BLOCK_N. Every warp has its own.
-__device__ __forceinline__ void load_columns(const Args& args, const Work& work, const Place& at, u32 columns) {
-#pragma unroll 4
-    for (int c = at.lane; c < BLOCK_N; c += 32) {
-        const i32 n = smaller(work.column_begin + c, args.n - 1);
-        const float factor = outer_scale(args.b_outer, args.b_outers, work.expert, n, args.b_outer_value);
-        const bool own = args.bias != 0 && args.bias_row == 0;
-        const float bias = own ? load_float(args.bias, work.expert * args.bias_expert + n, args.bias_type) : 0.f;
-        store_shared_8(columns + c * 8, __float_as_uint(factor), __float_as_uint(bias));
-    }
-    __syncwarp();
-}
-
 // Stores 16 rows of a warp and 8 kCount columns, `first` of the tile's and those behind it: chunk by chunk, through lines in shared memory.
 template <int kCount>
 struct Store {
-    const Args& args;
+    const TensorArgs& args;
     const Work& work;
     const Place& at;
     const float (&sum)[kCount][4];
-    i32 row;  // of lane g; that of its other half is 8 on
+    i32 row;  // the warp's first. NOTE: of what TMA gets the compiler must see that lanes agree, or it sees it nowhere behind that
     int first;
-    u32 columns, lines;  // lines: 16 of 128 bytes
-    float of_row[2], alpha;
+    u32 columns, &lines, end_of_lines;  // lines: the next 16 of 128 bytes
+    float of_row[2];
+    bool by_column;
 
-    __device__ __forceinline__ Store(const Args& args, const Work& work, const Place& at, const float (&sum)[kCount][4], i32 row, int first,
-                                     const Ring& ring)
+    __device__ __forceinline__ Store(const TensorArgs& args, const Work& work, const Place& at, const float (&sum)[kCount][4], int wave,
+                                     int first, const Ring& ring, u32 tile, u32& lines)
         : args(args),
           work(work),
           at(at),
           sum(sum),
-          row(row),
+          row(work.row_begin + at.row_in_tile(wave) - at.g),
           first(first),
-          columns(ring.columns(at.warp)),
-          lines(ring.lines(at.warp)),
-          of_row{row_scale(row), row_scale(row + 8)},
-          alpha(args.alpha ? load_float(args.alpha, 0, args.alpha_type) : args.alpha_value) {
-        const bool whole = args.out_type != kFp32 && args.out_column == 1 && args.bias_row == 0 &&
-                           (args.out | (args.out_row | args.out_batch) * 2) % 16 == 0;
-        if (whole)
-            store_chunks<8>([&](int block) { store_lines(block); });
-        else
-            store_chunks<4>([&](int block) { store_values(block); });
+          columns(ring.columns(tile)),
+          lines(lines),
+          end_of_lines(ring.lines(at.warp + 1)),
+          of_row{row_factor(ring, tile, wave, 0), row_factor(ring, tile, wave, 8)},
+          by_column(scaled_by_column(args)) {
+        const bool whole = args.out_type != kFp32 && args.out_column == 1 && args.out_row > 0 && args.out_batch >= 0 &&
+                           args.bias_row == 0 && (args.out | (args.out_row | args.out_batch) * 2) % 16 == 0;
+        bool boxes = false;  // TMA does not know where a segment ends
+        if constexpr (kCount >= 8) {
+            boxes = whole && (work.row_end == args.m || work.row_end >= row + 16);
+            if (boxes) store_boxes();
+        }
+        if (!boxes) {
+            if (at.lane == 0) wait_for_boxes<0>();
+            __syncwarp();
+            if (whole)
+                store_chunks<8>([&](int block) { store_lines(block); });
+            else
+                store_chunks<4>([&](int block) { store_values(block); });
+        }
     }
 
   private:
-    __device__ __forceinline__ float row_scale(i32 m) const {
-        const i32 from = first_scale_row(args.a_outers, work, work.row_begin, args.m), last = smaller(m, work.row_end - 1);
-        return outer_scale(args.a_outer, args.a_outers, work.batch, larger(0, from < 0 ? last : from + last - work.row_begin),
-                           args.a_outer_value);
+    __device__ __forceinline__ float row_factor(const Ring& ring, u32 tile, int wave, int r) const {
+        return load_shared_float(ring.rows(tile) + (at.row_in_tile(wave) + r) * 4);
     }
-    // 16 bytes of a line. Pieces that lanes write, or read, at once are in different banks.
-    __device__ __forceinline__ u32 line(int r, int piece) const { return lines + r * 128 + (piece ^ (2 * r + r / 4 % 2) % 8) * 16; }
+    // 16 bytes of a line, where TMA expects them. Pieces that lanes write, or read, at once are in different banks.
+    __device__ __forceinline__ u32 line(int r, int piece) const { return lines + r * 128 + (piece ^ r % 8) * 16; }
     __device__ __forceinline__ i64 place(i32 m, i32 n) const {
         return work.batch * args.out_batch + m * args.out_row + n * args.out_column;
+    }
+
+    // 64 columns at a time, the last of them again if they are no multiple; TMA stores what is inside of D.
+    __device__ __forceinline__ void store_boxes() {
+        const u32 last = end_of_lines - 2048;
+#pragma unroll
+        for (int chunk = 0; chunk < ceil_div(kCount, 8); ++chunk) {
+            const int block = smaller(chunk * 8, kCount - 8);
+            if (at.lane == 0) wait_for_boxes<LINES - 1>();
+            __syncwarp();
+            put_blocks<8, true>(block);
+            delay();
+            fence_async_proxy();
+            __syncwarp();
+            if (at.lane == 0) {
+                store_box(lines, args.out_map, work.column_begin + first + block * 8, row, work.batch);
+                commit_boxes();
+            }
+            lines = lines == last ? lines - (LINES - 1) * 2048 : lines + 2048;
+        }
     }
 
     // kEach blocks fill the lines. NOTE: a loop, so that what stores them is there once; nothing is to be computed ahead of it.
@@ -416,38 +512,41 @@ struct Store {
     }
     template <int kEach, int kBlock>
     __device__ __forceinline__ void put(int block) const {
-        if (block == kBlock) {
-#pragma unroll
-            for (int j = kBlock; j < smaller(kBlock + kEach, kCount); j += 2) put_pair<kEach == 8>(j, j - kBlock);
-        } else if constexpr (kBlock + kEach < kCount) {
+        if (block == kBlock)
+            put_blocks<smaller(kEach, kCount - kBlock), kEach == 8>(kBlock);
+        else if constexpr (kBlock + kEach < kCount)
             put<kEach, kBlock + kEach>(block);
-        }
     }
-    // Blocks j and j + 1, as 16-bit values or floats. sum * row[m] * column[n] * alpha + bias[n], in this order.
-    template <bool k16Bits>
-    __device__ __forceinline__ void put_pair(int j, int to) const {
-        float x[2][4];
+    // Blocks `from` and those behind it, as 16-bit values or floats: sum * row[m] * column[n] + bias[n].
+    template <int kMany, bool k16Bits>
+    __device__ __forceinline__ void put_blocks(int from) const {
+        float x[kMany][4];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const Chunk c = load_shared_16(columns + (first + (j + i) * 8 + at.t * 2) * 8);
+        for (int i = 0; i < kMany * 4; ++i) x[i / 4][i % 4] = sum[from + i / 4][i % 4] * of_row[i % 4 / 2];
+        if (by_column) {
 #pragma unroll
-            for (int v = 0; v < 4; ++v)
-                x[i][v] =
-                    sum[j + i][v] * of_row[v / 2] * __uint_as_float(c.word[v % 2 * 2]) * alpha + __uint_as_float(c.word[v % 2 * 2 + 1]);
-        }
-        if constexpr (k16Bits) {
-            u32 word[4];
+            for (int i = 0; i < kMany; ++i) {
+                const Chunk c = load_shared_16(columns + (first + (from + i) * 8 + at.t * 2) * 8);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float low = x[i / 2][i % 2 * 2], high = x[i / 2][i % 2 * 2 + 1];
-                word[i] = args.out_type == kBf16 ? pack_bf16(low, high) : pack_fp16(low, high);
+                for (int v = 0; v < 4; ++v) x[i][v] = x[i][v] * __uint_as_float(c.word[v % 2 * 2]) + __uint_as_float(c.word[v % 2 * 2 + 1]);
             }
-            store_matrix_x4(line(at.lane % 16, to + at.lane / 16), word[0], word[1], word[2], word[3]);
-        } else {
+        }
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                store_shared_8(line(at.g + i % 2 * 8, (to + i / 2) * 2 + at.t / 2) + at.t % 2 * 8, __float_as_uint(x[i / 2][i % 2 * 2]),
-                               __float_as_uint(x[i / 2][i % 2 * 2 + 1]));
+        for (int j = 0; j < kMany; j += 2) {
+            if constexpr (k16Bits) {
+                u32 word[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float low = x[j + i / 2][i % 2 * 2], high = x[j + i / 2][i % 2 * 2 + 1];
+                    word[i] = args.out_type == kBf16 ? pack_bf16(low, high) : pack_fp16(low, high);
+                }
+                store_matrix_x4(line(at.lane % 16, j + at.lane / 16), word[0], word[1], word[2], word[3]);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    store_shared_8(line(at.g + i % 2 * 8, (j + i / 2) * 2 + at.t / 2) + at.t % 2 * 8,
+                                   __float_as_uint(x[j + i / 2][i % 2 * 2]), __float_as_uint(x[j + i / 2][i % 2 * 2 + 1]));
+            }
         }
     }
     // 16-bit results, 8 at a time.
@@ -457,7 +556,7 @@ struct Store {
         if (block + piece >= kCount || n >= args.n) return;
 #pragma unroll
         for (int r = at.lane / 8; r < 16; r += 4) {
-            const i32 m = row - at.g + r;
+            const i32 m = row + r;
             if (m >= work.row_end) return;
             u16* to = reinterpret_cast<u16*>(args.out) + place(m, n);
             if (n + 8 <= args.n) {
@@ -474,7 +573,7 @@ struct Store {
         const i32 count = smaller(4, smaller(args.n, work.column_begin + first + kCount * 8) - n);
 #pragma unroll 1
         for (int r = at.lane / 8; r < 16; r += 4) {
-            const i32 m = row - at.g + r;
+            const i32 m = row + r;
             if (m >= work.row_end || count <= 0) return;
             const Chunk c = load_shared_16(line(r, at.lane % 8));
             float x[4];
@@ -489,7 +588,8 @@ struct Store {
 };
 
 // Adds up what CTAs of the cluster have, in the order of k, of some columns each.
-__device__ __forceinline__ void meet(const Sums& sum, const Ring& ring, const Args& args, const Work& work, const Place& at, int rank) {
+__device__ __forceinline__ void meet(const Sums& sum, const Ring& ring, const TensorArgs& args, const Work& work, const Place& at, int rank,
+                                     u32& lines) {
     constexpr int kOwn = kBlocks / SPLIT, kAtOnce = smaller(SPLIT, larger(1, 16 / kOwn));  // CTAs whose sums are under way
     const auto letter = [&](int wave, int j) {
         return ring.first + ((wave * kBlocks + j) * kConsumers * 32 + at.warp * 32 + at.lane) * 16;
@@ -519,8 +619,7 @@ __device__ __forceinline__ void meet(const Sums& sum, const Ring& ring, const Ar
             for (int i = 0; i < kAtOnce * kOwn * 4; ++i)
                 total[i / 4 % kOwn][i % 4] += __uint_as_float(c[i / 4 / kOwn][i / 4 % kOwn].word[i % 4]);
         }
-        const i32 row = work.row_begin + StepScales::row_in_tile(at, wave);
-        Store<kOwn>(args, work, at, total, row, rank * kOwn * 8, ring);
+        Store<kOwn>(args, work, at, total, wave, rank * kOwn * 8, ring, 0, lines);
     }
 }
 
@@ -534,34 +633,49 @@ __device__ __forceinline__ void meet_without_sums() {
 // Kernel --------------------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void consume(const TensorArgs& args, Ring ring, const Place& at, int rank) {
-    const u32 tiles = tiles_of(args), clusters = gridDim.x / kCluster;
     const Steps steps(args, rank);
+    const Turns turns(at);
+    u32 lines = ring.lines(at.warp), phase = 0, turn = 0;
+    const u32 tile = APART ? at.warpgroup() : 0;
+    const u32 tiles = tiles_of(args), clusters = gridDim.x / kCluster;
+    u32 number = blockIdx.x / kCluster;
+    Work work, next = number < tiles ? work_of(args, number, rank) : Work{};
 #pragma unroll 1
-    for (u32 number = blockIdx.x / kCluster; number < tiles; number += clusters) {
-        const Work work = work_of(args, number, rank);
+    for (; number < tiles; number += clusters) {
+        work = next;
+        const auto find_next = [&] {  // NOTE: among what stores, which hides how long it takes
+            next = SPLIT == 1 && number + clusters < tiles ? work_of(args, number + clusters, rank) : Work{};
+        };
         if (!work.any) {
             if constexpr (SPLIT > 1) meet_without_sums();
+            find_next();
             continue;
         }
-        const auto columns = [&] { load_columns(args, work, at, ring.columns(at.warp)); };
-        Sums sum = {};  // NOTE: compilers before CUDA 12.9 do products one by one whose sums a first product begins
-        if constexpr (PROMOTE) {
-            columns();
-            multiply_promoted(sum, ring, args, work, at, steps);
-        } else {
-            multiply_all(sum, ring, at, steps.count, columns);
+        if (APART && turn++ % 2 != tile) {
+            ring.skip(steps.count);
+            find_next();
+            continue;
         }
+        Sums sum = {};  // NOTE: compilers before CUDA 12.9 do products one by one whose sums a first product begins
+        if constexpr (PROMOTE)
+            multiply_promoted(sum, ring, args, work, at, steps.count);
+        else
+            multiply_all(sum, ring, at, steps.count, turns);
+        find_next();
+        mbarrier_wait(ring.factors_full(tile), phase);
+        phase ^= 1;
         delay();
         if constexpr (SPLIT > 1) {
-            meet(sum, ring, args, work, at, rank);
+            meet(sum, ring, args, work, at, rank, lines);
         } else {
 #pragma unroll
-            for (int wave = 0; wave < WAVES; ++wave) {
-                const i32 row = work.row_begin + StepScales::row_in_tile(at, wave);
-                Store<kBlocks>(args, work, at, sum[wave], row, 0, ring);
-            }
+            for (int wave = 0; wave < WAVES; ++wave) Store<kBlocks>(args, work, at, sum[wave], wave, 0, ring, tile, lines);
         }
+        __syncwarp();
+        if (at.lane == 0) mbarrier_arrive(ring.factors_empty(tile));
     }
+    turns.end(turn);
+    if (at.lane == 0) wait_for_boxes<0>();  // lines must be there until they have been read
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kCluster, 1, 1) hopper(const __grid_constant__ TensorArgs args) {
@@ -572,9 +686,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
     if (thread == 0) {
         prefetch_tensor_map(args.a_map);
         prefetch_tensor_map(args.b_map);
+        prefetch_tensor_map(args.out_map);
         for (u32 slot = 0; slot < STAGES; ++slot) {
-            mbarrier_init(ring.full(slot), 1);
-            mbarrier_init(ring.empty(slot), kConsumers * kSharing);
+            mbarrier_init(ring.full(slot), 1 + (SCALE_BLOCK != 0) * 2);
+            mbarrier_init(ring.empty(slot), 4 * kTogether * kSharing);
+        }
+        for (u32 tile = 0; tile < kTiles; ++tile) {
+            mbarrier_init(ring.factors_full(tile), 1);
+            mbarrier_init(ring.factors_empty(tile), 4 * kTogether);
         }
         mbarrier_init_done();
     }
@@ -587,6 +706,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
     if (warp < 4) {
         if constexpr (kShift) fewer_registers<kProducerRegisters>();
         if (warp == 0) produce(args, ring, lane, rank);
+        if (warp == 1) produce_factors(args, ring, lane, rank);
+        if (SCALE_BLOCK != 0 && warp >= 2) produce_scales(args, ring, thread - 64, rank);
         if constexpr (SPLIT > 1) meet_without_sums();
     } else {
         if constexpr (kShift) more_registers<kConsumerRegisters>();

@@ -136,8 +136,8 @@ def run(dev: Any, pair: Pair, **options: Any) -> Array:
 
 
 def verify(dev: Any, pair: Pair, dtype: str = "bfloat16", **options: Any) -> None:
-    """Run a pair and check it."""
-    formats.check(pair, run(dev, pair, dtype=dtype, **options), dtype)
+    """Run a pair and check it. fp8 sums may stay in the tensor cores."""
+    formats.check(pair, run(dev, pair, dtype=dtype, **options), dtype, narrow=True)
 
 
 def even(k: int, *names: str) -> int:

@@ -129,7 +129,7 @@ def test_offsets_past_2_to_the_31(dev: Any) -> None:
     table = cp.asarray(np.arange(256, dtype=np.uint8).view(fp8).astype(np.float32))
     long = 2**31 // pitch + 131
     big, small = codes(dev, long * pitch).reshape(long, pitch), codes(dev, 70 * pitch).reshape(70, pitch)
-    options = gemm_options(ANY, "float32", "hopper", b_axes="nk")
+    options = gemm_options(ANY, "float32", "hopper", accumulate="promoted", b_axes="nk")
     for tile in (0, 5, 11):
         with planned(tile):
             got = product(ANY, small.view(fp8), big.view(fp8), options)
@@ -140,7 +140,7 @@ def test_offsets_past_2_to_the_31(dev: Any) -> None:
     dev.free()
 
 
-ERRORS = {("bf16", "fast"): 2e-6, ("fp8_tensor", "promoted"): 2e-4, ("fp8_tensor", "fast"): 1e-2}
+ERRORS = {("bf16", "fast"): 3e-6, ("fp8_tensor", "promoted"): 2e-4, ("fp8_tensor", "fast"): 1e-2}
 """Relative rms error of sums of 16384 normal products; on all-positive ones five times as much."""
 
 

@@ -22,8 +22,8 @@ _PANEL = 64
 
 class Config(NamedTuple):
     """Columns of a tile, warpgroups that multiply and how many times 64 rows each has, steps in the ring; CTAs of a cluster, which share
-    rows of A, or columns of B, or cut k; steps that the first of two warpgroups is ahead; how many clusters there are; and which operands
-    are turned first, to be contiguous along k."""
+    rows of A, or columns of B, or cut k; how many clusters there are; 16 lines of results of each warp; and which operands are turned first,
+    to be contiguous along k."""
 
     columns: int
     warpgroups: int
@@ -32,13 +32,14 @@ class Config(NamedTuple):
     share_a: int = 1
     share_b: int = 1
     split: int = 1
-    lead: int = 0
     clusters: int = 1
+    lines: int = 1
+    apart: bool = False
     turned: str = ""
 
     @property
     def rows(self) -> int:
-        return 64 * self.warpgroups * self.waves
+        return 64 * self.waves * (1 if self.apart else self.warpgroups)
 
     @property
     def cluster(self) -> int:
@@ -57,28 +58,32 @@ class Config(NamedTuple):
         )
 
 
-_SHAPES = ((1, 1), (2, 1), (2, 2))
-"""`warpgroups`, `waves`: 64, 128 and 256 rows."""
-_MOST_SUMS = {(False, 1): 256, (False, 2): 128, (True, 1): 192, (True, 2): 128}
-"""Columns for which registers hold the sums, by whether those of a step are apart, and `waves`."""
+_SHAPES = {
+    False: ((1, 1, False, 256), (2, 1, False, 256), (2, 1, True, 256), (2, 2, True, 160)),
+    True: ((1, 1, False, 192), (2, 1, False, 192), (2, 2, False, 128)),
+}
+"""`warpgroups`, `waves`, `apart`, and columns for which registers hold the sums; by whether those of a step are added up outside."""
 _MOST_SPLIT = 192
 """Columns beside which registers hold what other CTAs of a cluster have summed."""
 _MOST_STAGES = 8
-_LEAD = 2
 _SPLITS = (2, 4, 8)
 
-# NOTE: not yet fitted to times: what the hardware could do at best, and guesses of what it does.
-_L2_BYTES_PER_CLOCK = 5500.0
-"""That L2 gives all SMs."""
-_SHARED_BYTES_PER_CLOCK = 128.0
-"""That an SM's shared memory takes and gives."""
-_TILE_CLOCKS, _SUM_CLOCKS = 1500.0, 0.02
-"""Behind the last step of a tile; for each of its sums."""
-_PROMOTE = 0.25
-"""Of the time of products, where sums are added up outside."""
-_WAIT_CLOCKS = 100.0
+# Fitted to times of an H100 (docs/benchmarks/hopper_configs.json): the choice is within 5 % of the best one measured for 88 % of products.
+_PRODUCTS = 1.07
+"""How much longer products take than tensor cores could."""
+_SHARED_BYTES_PER_CLOCK, _L2_BYTES_PER_CLOCK, _ALL_L2_BYTES_PER_CLOCK = 111.0, 47.0, 6300.0
+"""That an SM's shared memory takes and gives; that L2 gives an SM; that L2 gives all of them."""
+_ALONE = 0.87
+"""Of the time of a step, where there is one warpgroup."""
+_WAIT_CLOCKS = 36.0
 """From the end of products to the next ones, where one warpgroup does everything."""
-_LAUNCH_US, _CLUSTER_US = 4.0, 0.7
+_TILE_CLOCKS, _SUM_CLOCKS = 985.0, 0.525
+"""Behind the last step of a tile; for each sum of a warpgroup."""
+_BETWEEN = 2.9
+"""How what goes on at the same time adds up: as a norm of this order."""
+_LAUNCH_US, _CLUSTER_US = 2.33, 0.9
+_OVERLAP_US = 3.0
+"""That kernels save which read weights before the kernel ahead has ended."""
 _TURN_US, _TURN = 2.0, 0.7
 """To transpose an operand: the launch, and part of the read bandwidth."""
 _TRANSPOSE = struct.Struct("<5q4i")
@@ -95,8 +100,6 @@ class Hopper:
             return refused
         if "wgmma" not in arch.get(problem.arch or "sm_90a").features:
             return "needs sm_90a"
-        if problem.backend == "auto":
-            return "compiled and emulated, but not yet run on a GPU: only backend='hopper' takes it"
         if problem.batch_invariant:
             return "adds up in another order for another m"
         alike = problem.a == problem.b if problem.a in FLOATS16 else problem.a in FLOATS8
@@ -128,25 +131,25 @@ class Hopper:
         tiles = _tiles(problem, config)
         rounds = ceil_div(tiles, config.clusters)
         steps = ceil_div(ceil_div(problem.k * bytes_each, _LINE), config.split)
-        height, columns = config.rows, config.columns
-        products = height * columns * 4 / 128 * (1 + _PROMOTE * promotes(problem))  # 32 bytes of k are 64 x columns in columns / 2 clocks
-        fill = (height + columns) * _LINE
-        read = config.waves * config.warpgroups * (64 + columns) * _LINE
-        step = max(products, (fill + read) / _SHARED_BYTES_PER_CLOCK)
-        if promotes(problem) and config.warpgroups == 1:  # nobody multiplies meanwhile
-            step += config.waves * (columns / 2 + _WAIT_CLOCKS)
-        ends = _TILE_CLOCKS + _SUM_CLOCKS * height * columns * (1 + config.split) / 2
-        busy = rounds * (steps * step + max(ends / 4, ends - config.lead * step / 2))
-        brought = steps * (height / config.share_a + columns / config.share_b) * _LINE * config.cluster
-        l2 = tiles * brought / _L2_BYTES_PER_CLOCK
+        height, columns, alone = config.rows, config.columns, config.warpgroups == 1
+        part = (height / config.share_a + columns / config.share_b) * _LINE  # that a CTA asks for
+        shared = (height + columns + height // 64 * (64 + columns)) * _LINE
+        products = height * columns / 32  # at best 64 x n x 32 bytes in n / 2 clocks
+        step = max(products * _PRODUCTS, shared / _SHARED_BYTES_PER_CLOCK, part / _L2_BYTES_PER_CLOCK) * (_ALONE if alone else 1)
+        if promotes(problem) and alone:  # nobody multiplies meanwhile
+            step += config.waves * _WAIT_CLOCKS
+        ends = _TILE_CLOCKS + _SUM_CLOCKS * height * columns / (1 if alone or config.apart else 2) * (1 + config.split) / 2
+        busy = rounds * steps * step + ends * (1 if config.apart else rounds)  # apart: while the other warpgroup multiplies
+        l2 = tiles * config.cluster * steps * part / _ALL_L2_BYTES_PER_CLOCK
         clock = device.clock_khz * 1e-3
         lines = problem.m * (1 if problem.grouped else problem.batch)
         values = (lines + few_rows.matrices(problem) * problem.n) * problem.k * bytes_each + lines * problem.n * 2
         memory = values / (device.read_gbs * 1e3)
-        longest = math.sqrt(math.hypot((busy / clock) ** 2, (l2 / clock) ** 2, memory**2))
+        longest: float = sum(us**_BETWEEN for us in (busy / clock, l2 / clock, memory)) ** (1 / _BETWEEN)
         rows = {"a": lines, "b": few_rows.matrices(problem) * problem.n}
         before = sum(_TURN_US + 2 * rows[role] * problem.k / (_TURN * device.read_gbs * 1e3) for role in config.turned)
-        return _LAUNCH_US + _CLUSTER_US * (config.cluster > 1) + longest + before
+        launch = _LAUNCH_US + _CLUSTER_US * (config.cluster > 1) + _OVERLAP_US * bool(problem.pdl)
+        return launch + longest + before
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
         operands, turns, used = list(_operands(call, config)), [], 0
@@ -160,12 +163,13 @@ class Hopper:
         problem = _settled(call.problem)
         size, most = ELEMENTS[problem.a].bits // 8, _tiles(problem._replace(m=call.m, batch=call.batch), config, most=True)
         clusters = most if config.split > 1 else min(most, config.clusters)
+        maps = (*(_map(x, call.k, size) for x in operands), _out_map(call))
         pdl = problem.pdl and "prefetch"  # it waits before it reads anything
         *before, multiply = gemm.steps(
             call, self.name, _defines(problem, config), clusters * config.cluster, config.threads, smem(problem, config), pdl, clusters
         )  # fmt: skip
         assert isinstance(multiply, Step)
-        return (*before, *turns, multiply._replace(maps=tuple(_map(x, call.k, size) for x in operands)))
+        return (*before, *turns, multiply._replace(maps=maps))
 
 
 def promotes(problem: Problem) -> bool:
@@ -187,18 +191,18 @@ def _settled(problem: Problem) -> Problem:
 def _configs(problem: Problem, device: Device) -> list[Config]:
     multiple = _PANEL if problem.b_major == "mn" else 16
     found = []
-    for warpgroups, waves in _SHAPES:
-        for columns in range(multiple, _MOST_SUMS[promotes(problem), waves] + 1, multiple):
+    for warpgroups, waves, apart, most in _SHAPES[promotes(problem)]:
+        for columns in range(multiple, most + 1, multiple):
             if problem.scale_block and columns > 128 and 128 % (columns - 128):
                 continue  # columns under three scales
             for share_a, share_b, split in ((1, 1, 1), (2, 1, 1), (1, 2, 1), *((1, 1, split) for split in _SPLITS)):
-                config = Config(columns, warpgroups, waves, _MOST_STAGES, share_a, share_b, split)
-                if columns % (16 * split) or (split > 1 and columns > _MOST_SPLIT) or not _worth(problem, config, device):
+                config = Config(columns, warpgroups, waves, _MOST_STAGES, share_a, share_b, split, apart=apart)
+                if split > 1 and (apart or columns % (16 * split) or columns > _MOST_SPLIT):
                     continue
-                fitting = (config._replace(stages=stages) for stages in range(_MOST_STAGES, 2, -1))
+                if not _worth(problem, config, device):
+                    continue
+                fitting = (config._replace(stages=stages, lines=lines) for stages in range(_MOST_STAGES, 2, -1) for lines in (2, 1))
                 config = next((c for c in fitting if smem(problem, c) <= arch.get("sm_90a").max_smem), config)
-                if warpgroups == 2 and split == 1 and config.stages > 3:
-                    config = config._replace(lead=_LEAD)
                 resident = int(device.sm_count * REACHED[config.cluster] // config.cluster)
                 tiles = _tiles(problem, config)
                 # As few as need no more rounds: those read each other's operands from L2.
@@ -233,10 +237,13 @@ def _tiles(problem: Problem, config: Config, most: bool = False) -> int:
 
 
 def smem(problem: Problem, config: Config) -> int:
-    """Ring, barriers, lines of results and what scales columns: `Ring` of the kernel."""
+    """`Ring` of the kernel: tiles, lines of results, what scales columns, rows and sums, barriers."""
     columns = ceil_div(config.columns, _PANEL) * _PANEL if problem.b_major == "mn" else config.columns
     ring = config.stages * (config.rows + columns) * _LINE
-    return ring + ceil_div(config.stages * 16, 128) * 128 + 4 * config.warpgroups * (2048 + 8 * config.columns)
+    lines = 4 * config.warpgroups * config.lines * 2048
+    scales = config.stages * (config.rows + 4) * 4 if problem.scale_block else 0
+    tiles = 2 if config.apart else 1
+    return ring + lines + tiles * (config.columns * 8 + config.rows * 4) + scales + (config.stages + tiles) * 16
 
 
 class _Operand(NamedTuple):
@@ -284,6 +291,13 @@ def _map(x: _Operand, k: int, size: int) -> TensorMap:
     return TensorMap(x.pointer, size, (*axes, x.matrices), (pitch, matrix * size or pitch * axes[1]), box, x.offset)
 
 
+def _out_map(call: GemmCall) -> TensorMap:
+    """Boxes of 16 rows of 128 bytes of a result that the kernel stores so; of any other one that TMA could know, which it does not use."""
+    batch, row, _ = call.out_strides
+    pitch, matrix = (row * 2, batch * 2) if row > 0 and row % 8 == 0 and batch >= 0 and batch % 8 == 0 else (ceil_div(call.n, 8) * 16, 0)
+    return TensorMap(OUT, 2, (call.n, call.m, call.batch), (pitch, matrix or pitch * call.m), (64, 16, 1))
+
+
 def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
     return (
         ("A_ELEMENT", ELEMENTS[problem.a].code),
@@ -302,7 +316,8 @@ def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
         ("SHARE_A", config.share_a),
         ("SHARE_B", config.share_b),
         ("SPLIT", config.split),
-        ("LEAD", config.lead),
+        ("LINES", config.lines),
+        ("APART", int(config.apart)),
     )
 
 

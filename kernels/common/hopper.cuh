@@ -40,16 +40,16 @@ __device__ __forceinline__ void mbarrier_wait_cluster(u32 barrier, u32 parity) {
         : "memory");
 }
 
-// One of 15 barriers of a CTA for some of its threads, whole warps: `threads` in all come, of which those that only arrive go on at once.
-template <int kBarrier, int kThreads>
-__device__ __forceinline__ void barrier_arrive() {
-    static_assert(kBarrier > 0 && kBarrier < 16 && kThreads % 32 == 0);
-    asm volatile("barrier.cta.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+// One of the barriers 1 .. 15 of a CTA for some of its threads, whole warps: `threads` in all come, of which those that only arrive go on at once.
+template <int kThreads>
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    static_assert(kThreads % 32 == 0);
+    asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
-template <int kBarrier, int kThreads>
-__device__ __forceinline__ void barrier_wait() {
-    static_assert(kBarrier > 0 && kBarrier < 16 && kThreads % 32 == 0);
-    asm volatile("barrier.cta.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+template <int kThreads>
+__device__ __forceinline__ void barrier_wait(u32 barrier) {
+    static_assert(kThreads % 32 == 0);
+    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
 // Warpgroups (sm_90a): 128 threads multiply as one, asynchronously (PTX 9.7.15). Registers that a product reads or adds to must not be
@@ -110,6 +110,19 @@ __device__ __forceinline__ void copy_box_to(u16 mask, u32 shared, const TensorMa
         "[%5], %6;" ::"r"(shared),
         "l"(reinterpret_cast<u64>(&map)), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(mask)
         : "memory");
+}
+
+// A box from shared memory; what lies outside the tensor is left out. A thread waits for those of its groups, but the newest kPending: until
+// then nobody may write to the place again.
+__device__ __forceinline__ void store_box(u32 shared, const TensorMap& map, i32 x, i32 y, i32 z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(reinterpret_cast<u64>(&map)),
+                 "r"(x), "r"(y), "r"(z), "r"(shared)
+                 : "memory");
+}
+__device__ __forceinline__ void commit_boxes() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_for_boxes() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 // Four 8x8 matrices of 16-bit values to shared memory, from fragments as of mma; lanes 8i..8i+7 hold the row addresses of matrix i (PTX

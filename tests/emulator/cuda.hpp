@@ -73,8 +73,9 @@ struct Fiber {
     unsigned count[kMostGroups], first, last;
     Product product[kMostProducts];  // first_product .. products - 1 are under way; `group` is the open one
     unsigned first_product, products, group;
-    bool fenced;               // that registers are written, once at least
-    Store store[kMostStores];  // since the last fence
+    unsigned sent, sent_groups;  // boxes on their way from shared memory, and commits of them
+    bool fenced;                 // that registers are written, once at least
+    Store store[kMostStores];    // since the last fence
     unsigned stores;
 };
 struct Barrier {

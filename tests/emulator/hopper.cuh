@@ -94,6 +94,38 @@ inline void ask(const Box& b) {
     box[boxes++] = b;
 }
 
+// Boxes on their way to tensors: what products see of shared memory, when the thread that asked waits for it to be read; never, if none does.
+struct Sent {
+    TensorMap map;
+    u32 from, group;
+    i32 to[3];
+};
+constexpr u32 kMostSent = 8;
+static Sent sent[kMostThreads][kMostSent];
+
+inline void write(const Sent& s) {
+    const u64 line = s.map.box[0] * s.map.bytes;
+    for (i64 y = 0; y < s.map.box[1]; ++y)
+        for (i64 x = 0; x < s.map.box[0]; ++x) {
+            const i64 to[3] = {s.to[0] + x, s.to[1] + y, s.to[2]};
+            bool inside = true;
+            for (int axis = 0; axis < 3; ++axis) inside &= to[axis] >= 0 && to[axis] < i64(s.map.size[axis]);
+            const u64 address = s.map.address + to[2] * s.map.pitch[1] + to[1] * s.map.pitch[0] + to[0] * s.map.bytes;
+            const u32 from = swizzled(s.from + y * line + x * s.map.bytes);
+            if (inside) memcpy(reinterpret_cast<void*>(address), view[self->cta] + from, s.map.bytes);
+        }
+}
+inline void write_groups(u32 end) {
+    auto& mine = sent[self - fibers];
+    u32 left = 0;
+    for (u32 i = 0; i < self->sent; ++i)
+        if (mine[i].group < end)
+            write(mine[i]);
+        else
+            mine[left++] = mine[i];
+    self->sent = left;
+}
+
 // Where value k of row (or column) i of an operand lies, by its descriptor. Without swizzle: core matrices of 8 rows of 16 bytes. With it, 8
 // rows of 128 bytes; turned: 64 values of 8 k.
 inline u32 place(u64 descriptor, bool turned, u32 bytes, u32 i, u32 k) {
@@ -182,14 +214,16 @@ inline void mbarrier_wait(u32 barrier, u32 parity) {
 }
 inline void mbarrier_wait_cluster(u32 barrier, u32 parity) { mbarrier_wait(barrier, parity); }
 
-template <int kBarrier, int kThreads>
-void barrier_arrive() {
-    emulator::Barrier& barrier = emulator::named[emulator::self->cta][kBarrier];
+template <int kThreads>
+void barrier_arrive(u32 number) {
+    if (number == 0 || number > 15) emulator::fail("no such barrier:", number);
+    emulator::Barrier& barrier = emulator::named[emulator::self->cta][number];
     if (++barrier.arrived == kThreads) barrier.arrived = 0, ++barrier.generation, ++emulator::progress;
 }
-template <int kBarrier, int kThreads>
-void barrier_wait() {
-    emulator::wait(emulator::named[emulator::self->cta][kBarrier], kThreads);
+template <int kThreads>
+void barrier_wait(u32 number) {
+    if (number == 0 || number > 15) emulator::fail("no such barrier:", number);
+    emulator::wait(emulator::named[emulator::self->cta][number], kThreads);
 }
 
 inline void prefetch_tensor_map(const TensorMap&) {}
@@ -198,6 +232,23 @@ inline void copy_box(u32 to, const TensorMap& map, i32 x, i32 y, i32 z, u32 barr
 }
 inline void copy_box_to(u16 mask, u32 to, const TensorMap& map, i32 x, i32 y, i32 z, u32 barrier) {
     emulator::ask({map, to, barrier, mask, {x, y, z}});
+}
+inline void store_box(u32 from, const TensorMap& map, i32 x, i32 y, i32 z) {
+    using namespace emulator;
+    if (map.mark != kMapMark) fail("no tensor map, of", map.address);
+    if (map.box[0] * map.bytes != 128 || map.box[2] != 1 || from % 1024)
+        fail("a box of other lines than 128 bytes, or not aligned, at", from);
+    at(from + map.box[1] * 128 - 16, 16);
+    if (self->sent == kMostSent) fail("more boxes than the emulator holds", kMostSent);
+    sent[self - fibers][self->sent++] = {map, from, self->sent_groups, {x, y, z}};
+}
+inline void commit_boxes() {
+    ++emulator::self->sent_groups;
+    if (emulator::eager) emulator::write_groups(emulator::self->sent_groups);
+}
+template <int kPending>
+void wait_for_boxes() {
+    if (emulator::self->sent_groups > kPending) emulator::write_groups(emulator::self->sent_groups - kPending);
 }
 inline void store_matrix_x4(u32 address, u32 a, u32 b, u32 c, u32 d) {
     const u32 words[4] = {a, b, c, d};
