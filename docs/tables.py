@@ -1,4 +1,5 @@
-"""The generated parts of README.md, what the kernels accept and recorded times, and of docs/numerics.md what batch_invariant costs.
+"""The generated parts of README.md, what the kernels accept and recorded times; of docs/numerics.md what batch_invariant costs; and of
+docs/kernels/hopper.md its times.
 
 python docs/tables.py            rewrite them
 python docs/tables.py --check    exit with 1 if they differ from what would be written
@@ -6,8 +7,11 @@ python docs/tables.py --check    exit with 1 if they differ from what would be w
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,7 +116,47 @@ def _times(rows: list[Row]) -> Iterator[tuple[str, ...]]:
         yield row["format"], str(row["m"]), f"{row['n']} x {row['k']}", f"{row['us']:.1f}", stream, f"{row['floor_us']:.1f}", peers
 
 
-PAGES = {"README.md": {"support": support, "benchmarks": benchmarks}, "docs/numerics.md": {"batch_invariant": batch_invariant}}
+def hopper() -> str:
+    """torch's time over that of the fastest configuration: geometric mean over weights, and the least of them."""
+    document = json.loads((ROOT / "docs" / "benchmarks" / "hopper_configs.json").read_text())
+    gain: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for name, m, _, _, torch_us, times in document["rows"]:
+        gain[name, m].append(torch_us / min(us for _, us in times))
+    names = list(dict.fromkeys(name for name, _ in gain))
+    rows = [
+        (str(m), *(f"{statistics.geometric_mean(gain[name, m]):.2f} ({min(gain[name, m]):.2f})" for name in names))
+        for m in sorted({m for _, m in gain})
+    ]
+    return f"{_told(document)}\n\n{records.markdown(('m', *(f'{name}: mean (least)' for name in names)), rows)}"
+
+
+LADDER = {
+    "first on a GPU": "as it was", "results by TMA, scales by producers": "as it was", "descriptors in uniform registers": "as it was",
+    "warpgroups apart": "apart 128x160, b shared",
+}  # fmt: skip
+"""Of each run the variant to show."""
+RUNGS = (("bf16", 4096, 7168, 2048), ("fp8_tensor", 4096, 7168, 2048), ("fp8_tensor", 8192, 8192, 8192))
+
+
+def ladder() -> str:
+    """us and torch's us in the same run, of the first tile in each run, at every step of hopper.cu."""
+    document = json.loads((ROOT / "docs" / "benchmarks" / "hopper_ladder.json").read_text())
+    runs = {run["what"]: run["rows"] for run in document["runs"]}
+
+    def cell(what: str, variant: str, product: tuple[object, ...]) -> str:
+        us = next(times for *found, _, times in runs[what] if tuple(found) == product)
+        torch_us = next(value for name, value in us.items() if name.startswith("torch"))
+        return f"{us[variant]:.1f}, torch {torch_us:.1f}: {torch_us / us[variant]:.2f}"
+
+    header = ("step", *(f"{name} {m} x {n} x {k}" for name, m, n, k in RUNGS))
+    return records.markdown(header, [(what, *(cell(what, variant, product) for product in RUNGS)) for what, variant in LADDER.items()])
+
+
+PAGES = {
+    "README.md": {"support": support, "benchmarks": benchmarks},
+    "docs/numerics.md": {"batch_invariant": batch_invariant},
+    "docs/kernels/hopper.md": {"hopper": hopper, "ladder": ladder},
+}
 
 
 def filled(text: str, page: str = "README.md") -> str:

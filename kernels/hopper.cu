@@ -5,8 +5,7 @@
 //             WARPGROUPS multiply, 64 WAVES rows each, and store
 //   tiles     CTAs stay on their SMs and take tiles of BLOCK_M x BLOCK_N one after the other, in patches that share operands (schedule.cuh)
 //   apart     two warpgroups work together at a tile, or, APART, each at its own, in turns
-//   clusters  SHARE_B CTAs have successive row tiles and the same columns of B, or SHARE_A successive column tiles and the same rows of A:
-//             each brings a part of the shared tile, for all of them
+//   clusters  SHARE CTAs have successive row tiles and the same columns of B: each brings a part of those, for all of them
 //   k         or SPLIT CTAs of a cluster cut k, where tiles are few; then each stores some columns, and has one tile
 //   sums      stay in the tensor cores, or with PROMOTE those of 128 bytes along k are added up outside; SCALE_BLOCK: scaled by floats then
 //   shared    STAGES x (tile of A, tile of B), swizzled | LINES x 16 lines of results for each warp, which TMA stores | what scales columns,
@@ -27,7 +26,7 @@ constexpr int kConsumers = 4 * WARPGROUPS, kThreads = 128 * (WARPGROUPS + 1);   
 constexpr int kTogether = APART ? 1 : WARPGROUPS, kTiles = WARPGROUPS / kTogether;  // warpgroups at one tile; tiles under way
 constexpr int kBlockM = 64 * kTogether * WAVES, kBlocks = BLOCK_N / 8;              // blocks: of 8 columns, as fragments have them
 constexpr int kValueBytes = A_ELEMENT == kBf16 || A_ELEMENT == kFp16 ? 2 : 1, kStepValues = 128 / kValueBytes;
-constexpr int kSharing = SHARE_A * SHARE_B, kCluster = kSharing * SPLIT;
+constexpr int kCluster = SHARE * SPLIT;
 // Of a thread: what producers do not need is given to those who multiply.
 constexpr bool kShift = WARPGROUPS > 1;
 constexpr int kProducerRegisters = SCALE_BLOCK == 0 ? 40 : 56, kConsumerRegisters = SCALE_BLOCK == 0 ? 232 : 224;
@@ -35,7 +34,7 @@ static_assert(SCALE_BLOCK == 0 || (PROMOTE && SCALE_BLOCK == kStepValues), "bloc
 static_assert(BLOCK_N % (16 * SPLIT) == 0 && BLOCK_N <= 256 && STAGES > 1);
 static_assert(kValueBytes == 2 || (A_MAJOR == 0 && B_MAJOR == 0));
 static_assert(!APART || (WARPGROUPS == 2 && SPLIT == 1 && !PROMOTE), "while one stores, the other one multiplies");
-static_assert((SHARE_A == 1 || SHARE_B == 1) && (kSharing == 1 || SPLIT == 1), "clusters have one purpose");
+static_assert(SHARE == 1 || SPLIT == 1, "clusters have one purpose");
 
 // Python packs the maps behind `Args`.
 struct TensorArgs : Args {
@@ -88,22 +87,21 @@ static_assert(SPLIT == 1 || kBlockM * BLOCK_N * 4 <= STAGES * kStage, "sums take
 
 // Work ----------------------------------------------------------------------------------------------------------------------------
 
-constexpr int kClusterM = kBlockM * SHARE_B, kClusterN = BLOCK_N * SHARE_A;
+constexpr int kClusterM = kBlockM * SHARE;
 
 // Tiles of clusters; of segments, as many as any lengths need.
 __device__ __forceinline__ u32 tiles_of(const Args& args) {
-    const u32 columns = ceil_div(args.n, kClusterN);
+    const u32 columns = ceil_div(args.n, BLOCK_N);
     const u32 rows = GROUPED ? args.m / kClusterM + smaller(args.batch, args.m) : args.batch * ceil_div(args.m, kClusterM);
     return rows * columns;
 }
 __device__ __forceinline__ Work work_of(const Args& args, u32 number, int rank) {
     Work work;
     if constexpr (GROUPED)
-        work = grouped_work<kClusterM, kClusterN>(args, number);
+        work = grouped_work<kClusterM, BLOCK_N>(args, number);
     else
-        work = args.grouped == 0 ? dense_work<kClusterM, kClusterN>(args, number) : masked_work<kClusterM, kClusterN>(args, number);
-    if (SHARE_B > 1) work.row_begin += rank * kBlockM;
-    if (SHARE_A > 1) work.column_begin += rank * BLOCK_N;
+        work = args.grouped == 0 ? dense_work<kClusterM, BLOCK_N>(args, number) : masked_work<kClusterM, BLOCK_N>(args, number);
+    if (SHARE > 1) work.row_begin += rank * kBlockM;
     return work;
 }
 
@@ -178,15 +176,15 @@ __device__ __forceinline__ void produce(const TensorArgs& args, Ring ring, int l
                 const i32 k = (steps.first + step) * kStepValues;
                 at.wait_for_slot();
                 mbarrier_arrive_expecting(full, kStage);
-                bring<A_MAJOR, kBlockM, SHARE_A>(args.a_map, at.ring.a(), work.row_begin, k, batch, full, rank);
-                bring<B_MAJOR, BLOCK_N, SHARE_B>(args.b_map, at.ring.b(), work.column_begin, k, expert, full, rank);
+                bring<A_MAJOR, kBlockM, 1>(args.a_map, at.ring.a(), work.row_begin, k, batch, full, rank);
+                bring<B_MAJOR, BLOCK_N, SHARE>(args.b_map, at.ring.b(), work.column_begin, k, expert, full, rank);
                 at.advance();
             }
         }
         __syncwarp();
     });
     // Nobody leaves before all arrivals at its barriers have come.
-    for (int i = 0; kSharing > 1 && lane == 0 && i < STAGES; ++i) {
+    for (int i = 0; SHARE > 1 && lane == 0 && i < STAGES; ++i) {
         at.wait_for_slot();
         at.advance();
     }
@@ -312,8 +310,8 @@ struct Tiles {
 // What was read from a slot may be overwritten, here and where this CTA's parts go.
 __device__ __forceinline__ void release(const Ring& ring, u32 slot, const Place& at) {
     delay();
-    if constexpr (kSharing > 1) {
-        if (at.lane < kSharing) mbarrier_return_remote(ring.empty(slot), at.lane);
+    if constexpr (SHARE > 1) {
+        if (at.lane < SHARE) mbarrier_return_remote(ring.empty(slot), at.lane);
     } else if (at.lane == 0) {
         mbarrier_arrive(ring.empty(slot));
     }
@@ -689,7 +687,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
         prefetch_tensor_map(args.out_map);
         for (u32 slot = 0; slot < STAGES; ++slot) {
             mbarrier_init(ring.full(slot), 1 + (SCALE_BLOCK != 0) * 2);
-            mbarrier_init(ring.empty(slot), 4 * kTogether * kSharing);
+            mbarrier_init(ring.empty(slot), 4 * kTogether * SHARE);
         }
         for (u32 tile = 0; tile < kTiles; ++tile) {
             mbarrier_init(ring.factors_full(tile), 1);

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from cugemm import arch, select
-from cugemm.catalog import portable, skinny, swap_ab
+from cugemm.catalog import hopper, portable, skinny, swap_ab
 from cugemm.problem import Problem, bucket
 
 RECORD = json.loads((ROOT / "docs" / "benchmarks" / "portable_tiles.json").read_text())
@@ -24,6 +24,7 @@ FORMATS = {
 
 SKINNY = json.loads((ROOT / "docs" / "benchmarks" / "skinny_configs.json").read_text())
 SWAP_AB = json.loads((ROOT / "docs" / "benchmarks" / "swap_ab_configs.json").read_text())
+HOPPER = json.loads((ROOT / "docs" / "benchmarks" / "hopper_configs.json").read_text())
 SKINNY_FORMATS = {
     "bf16": ("bf16", "bf16", "", 0),
     "fp8_tensor": ("e4m3", "e4m3", "", 0),
@@ -128,3 +129,40 @@ def test_choice_among_kernels_is_near_the_best_recorded() -> None:
     assert statistics.geometric_mean(losses) < 1.025
     assert max(losses) < 1.25
     assert statistics.median(wrong) < 1.15
+
+
+def hopper_picks() -> list[tuple[str, int, float, float, float, float]]:
+    """Of each recorded problem: format, m, predicted us of the pick among configs that were measured, its own us, the best us, torch's."""
+    picks = []
+    for name, m, n, k, torch_us, times in HOPPER["rows"]:
+        problem = skinny_question(name, m, n, k)._replace(backend="hopper", in_order=True)
+        measured = {tuple(HOPPER["configs"][config]): us for config, us in times}
+        known = [
+            (hopper.KERNEL.cost(problem, c, arch.H100), measured[key])
+            for c in hopper.fitting(problem, arch.H100)
+            for key in [(*c[:6], *c[7:9])]
+            if key in measured
+        ]
+        assert len(known) == len(measured)
+        picks.append((name, m, *min(known), min(measured.values()), torch_us))
+    return picks
+
+
+def test_hopper_choice_is_near_the_best_recorded() -> None:
+    picks = hopper_picks()
+    losses = [us / best for _, _, _, us, best, _ in picks]
+    assert len(losses) == 183
+    assert sum(loss < 1.05 for loss in losses) >= 0.95 * len(losses)
+    assert max(losses) < 1.13
+    wrong = [max(predicted / us, us / predicted) for _, _, predicted, us, _, _ in picks]
+    assert statistics.median(wrong) < 1.12
+    assert max(wrong) < 1.5
+
+
+def test_hopper_beside_torch() -> None:
+    """What the record says of the picks, that is, of the text in docs/kernels/hopper.md."""
+    gain = defaultdict(list)
+    for name, m, _, us, _, torch_us in hopper_picks():
+        gain[name, "many" if m >= 4096 else m].append(torch_us / us)
+    for (name, m), least in {("bf16", "many"): 1.05, ("fp8_tensor", "many"): 1.07, ("fp8_tensor", 1024): 1.03}.items():
+        assert statistics.geometric_mean(gain[name, m]) >= least, (name, m)

@@ -71,7 +71,8 @@ def configs(run: Callable[[], Any]) -> list[int]:
     assert choice is not None
     found: dict[Any, int] = {}
     for number, config in enumerate(choice.best.kernel.candidates(choice.problem, launch.machine(0)[1])):
-        found.setdefault((getattr(config, "split", 1), getattr(config, "warps_k", 1) > 1, getattr(config, "share_b", 1)), number)
+        ways = (("split", 1), ("share", 1), ("apart", False))
+        found.setdefault((getattr(config, "warps_k", 1) > 1, *(getattr(config, name, usual) for name, usual in ways)), number)
     return list(found.values())
 
 

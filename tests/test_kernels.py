@@ -258,9 +258,8 @@ def hopper_pool() -> tuple[tuple[tuple[Problem, hopper.Config], frozenset[Any]],
         if hopper.KERNEL.refuse(question) is None:
             for m, n, k in shapes:
                 asked = question._replace(m=m, n=n, k=k, grouped=n == 96, batch=3 if n == 96 else 1)
-                for config in hopper._configs(asked, arch.H100):
-                    if hopper.smem(asked, config) <= arch.get("sm_90a").max_smem:
-                        found.setdefault(hopper._defines(asked, config), (asked, config))
+                for config in hopper.fitting(asked, arch.H100):
+                    found.setdefault(hopper._defines(asked, config), (asked, config))
     return tuple(
         (choice, frozenset(itertools.combinations(((name, value) for name, value in defines if name not in ("A_SCALE", "B_SCALE")), 2)))
         for defines, choice in found.items()
@@ -356,12 +355,12 @@ def test_the_cover_of_few_rows(name: str, target: str) -> None:
 
 
 def test_the_cover_of_hopper() -> None:
-    """Both ways to add up, every operand type and major, every way to cut the work."""
+    """Both ways to add up, every operand type and major, every way to cut the work, warpgroups together and apart."""
     defines = [dict(hopper._defines(*row)) for row in hopper_cover()]
     assert len(defines) <= MOST_HOPPER
     assert {d["BLOCK_N"] for d in defines} == set(range(16, 257, 16))
-    assert {(d["WARPGROUPS"], d["WAVES"]) for d in defines} == {(1, 1), (2, 1), (2, 2)}
-    assert {(d["SHARE_A"], d["SHARE_B"], d["SPLIT"]) for d in defines} == {(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 4), (1, 1, 8)}
+    assert {(d["WARPGROUPS"], d["WAVES"], d["APART"]) for d in defines} == {(1, 1, 0), (2, 1, 0), (2, 2, 0), (2, 2, 1)}
+    assert {(d["SHARE"], d["SPLIT"]) for d in defines} == {(1, 1), (2, 1), (1, 2), (1, 4)}
     assert {(d["A_ELEMENT"], d["B_ELEMENT"]) for d in defines} == {(0, 0), (1, 1), (2, 2), (2, 3), (3, 2), (3, 3)}
     assert {(d["PROMOTE"], d["SCALE_BLOCK"]) for d in defines} == {(0, 0), (1, 0), (1, 128)}
 

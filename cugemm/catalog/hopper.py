@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from typing import NamedTuple
 
@@ -22,15 +21,14 @@ _PANEL = 64
 
 class Config(NamedTuple):
     """Columns of a tile, warpgroups that multiply and how many times 64 rows each has, steps in the ring; CTAs of a cluster, which share
-    rows of A, or columns of B, or cut k; how many clusters there are; 16 lines of results of each warp; and which operands are turned first,
-    to be contiguous along k."""
+    columns of B, or cut k; how many clusters there are; places for results of each warp, of 16 lines; whether warpgroups have
+    tiles apart; and which operands are turned first, to be contiguous along k."""
 
     columns: int
     warpgroups: int
     waves: int
     stages: int
-    share_a: int = 1
-    share_b: int = 1
+    share: int = 1
     split: int = 1
     clusters: int = 1
     lines: int = 1
@@ -43,45 +41,42 @@ class Config(NamedTuple):
 
     @property
     def cluster(self) -> int:
-        return self.share_a * self.share_b * self.split
+        return self.share * self.split
 
     @property
     def threads(self) -> int:
         return 128 * (self.warpgroups + 1)
 
     def __str__(self) -> str:
-        shared = "that share rows of a" if self.share_a > 1 else "that share columns of b" if self.share_b > 1 else "that cut k"
+        shared = "that share columns of b" if self.share > 1 else "that cut k"
         return (
-            f"tile {self.rows}x{self.columns}, warpgroups {self.warpgroups}x{self.waves}, {self.stages} stages, {self.clusters} "
+            f"tile {self.rows}x{self.columns}, warpgroups {self.warpgroups}x{self.waves}{' apart' * self.apart}, {self.stages} stages, "
+            f"{self.clusters} "
             + (f"clusters of {self.cluster} {shared}" if self.cluster > 1 else "CTAs")
             + "".join(f", {role} transposed first" for role in self.turned)
         )
 
 
 _SHAPES = {
-    False: ((1, 1, False, 256), (2, 1, False, 256), (2, 1, True, 256), (2, 2, True, 160)),
+    False: ((1, 1, False, 256), (2, 1, False, 256), (2, 2, True, 160)),
     True: ((1, 1, False, 192), (2, 1, False, 192), (2, 2, False, 128)),
 }
 """`warpgroups`, `waves`, `apart`, and columns for which registers hold the sums; by whether those of a step are added up outside."""
 _MOST_SPLIT = 192
 """Columns beside which registers hold what other CTAs of a cluster have summed."""
 _MOST_STAGES = 8
-_SPLITS = (2, 4, 8)
+_SPLITS = (2, 4)
 
-# Fitted to times of an H100 (docs/benchmarks/hopper_configs.json): the choice is within 5 % of the best one measured for 88 % of products.
-_PRODUCTS = 1.07
-"""How much longer products take than tensor cores could."""
-_SHARED_BYTES_PER_CLOCK, _L2_BYTES_PER_CLOCK, _ALL_L2_BYTES_PER_CLOCK = 111.0, 47.0, 6300.0
-"""That an SM's shared memory takes and gives; that L2 gives an SM; that L2 gives all of them."""
-_ALONE = 0.87
-"""Of the time of a step, where there is one warpgroup."""
-_WAIT_CLOCKS = 36.0
-"""From the end of products to the next ones, where one warpgroup does everything."""
-_TILE_CLOCKS, _SUM_CLOCKS = 985.0, 0.525
+# Fitted to 1337 times of 183 products on an H100 (docs/benchmarks/hopper_configs.json); the choice is within 5 % of the best on 96 %.
+_PRODUCTS, _TOGETHER = 1.24, 0.89
+"""How much longer products take than tensor cores could; and of that, where two warpgroups have a tile of 128 rows together."""
+_TILE_CLOCKS, _SUM_CLOCKS = 1850.0, 0.54
 """Behind the last step of a tile; for each sum of a warpgroup."""
-_BETWEEN = 2.9
+_L2_BYTES_PER_CLOCK = 7000.0
+"""That L2 gives all SMs."""
+_NORM = 2.47
 """How what goes on at the same time adds up: as a norm of this order."""
-_LAUNCH_US, _CLUSTER_US = 2.33, 0.9
+_LAUNCH_US = 2.93
 _OVERLAP_US = 3.0
 """That kernels save which read weights before the kernel ahead has ended."""
 _TURN_US, _TURN = 2.0, 0.7
@@ -100,6 +95,8 @@ class Hopper:
             return refused
         if "wgmma" not in arch.get(problem.arch or "sm_90a").features:
             return "needs sm_90a"
+        if problem.backend == "auto":
+            return "not yet proven on a GPU with warpgroups apart: only backend='hopper' takes it"
         if problem.batch_invariant:
             return "adds up in another order for another m"
         alike = problem.a == problem.b if problem.a in FLOATS16 else problem.a in FLOATS8
@@ -120,36 +117,32 @@ class Hopper:
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
         """The cheapest few of all that fit."""
-        turned, problem = _turned(problem), _settled(problem)
-        every = (c._replace(turned=turned) for c in _configs(problem, device) if smem(problem, c) <= arch.get("sm_90a").max_smem)
-        return tuple(sorted(every, key=lambda c: self.cost(problem, c, device))[:16])
+        turned = _turned(problem)
+        problem = _settled(problem)
+        cheapest = sorted(fitting(problem, device), key=lambda c: self.cost(problem, c._replace(turned=turned), device))[:16]
+        return tuple(c._replace(turned=turned) for c in cheapest)
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        """What the busiest SM multiplies, or its shared memory gives, with the ends of tiles; what L2 gives, and memory; whatever takes
-        longest, and a little for the others; the launch."""
+        """What the busiest SM multiplies, with the ends of tiles; what L2 gives, and memory; whatever takes longest, and a little for the
+        others; the launch. At best products of 64 x n x 32 bytes take n / 2 clocks."""
         bytes_each = ELEMENTS[problem.a].bits // 8
         tiles = _tiles(problem, config)
         rounds = ceil_div(tiles, config.clusters)
         steps = ceil_div(ceil_div(problem.k * bytes_each, _LINE), config.split)
-        height, columns, alone = config.rows, config.columns, config.warpgroups == 1
-        part = (height / config.share_a + columns / config.share_b) * _LINE  # that a CTA asks for
-        shared = (height + columns + height // 64 * (64 + columns)) * _LINE
-        products = height * columns / 32  # at best 64 x n x 32 bytes in n / 2 clocks
-        step = max(products * _PRODUCTS, shared / _SHARED_BYTES_PER_CLOCK, part / _L2_BYTES_PER_CLOCK) * (_ALONE if alone else 1)
-        if promotes(problem) and alone:  # nobody multiplies meanwhile
-            step += config.waves * _WAIT_CLOCKS
-        ends = _TILE_CLOCKS + _SUM_CLOCKS * height * columns / (1 if alone or config.apart else 2) * (1 + config.split) / 2
-        busy = rounds * steps * step + ends * (1 if config.apart else rounds)  # apart: while the other warpgroup multiplies
-        l2 = tiles * config.cluster * steps * part / _ALL_L2_BYTES_PER_CLOCK
+        height, columns = config.rows, config.columns
+        together = config.warpgroups == 2 and not config.apart
+        products = height * columns / 32 * _PRODUCTS * (_TOGETHER if together and config.waves == 1 else 1)
+        ends = _TILE_CLOCKS + _SUM_CLOCKS * height * columns / (2 if together else 1) * (1 + config.split) / 2
+        busy = rounds * steps * products + ends * (1 if config.apart else rounds)  # apart: while the other warpgroup multiplies
+        l2 = tiles * config.cluster * steps * (height + columns / config.share) * _LINE / _L2_BYTES_PER_CLOCK
         clock = device.clock_khz * 1e-3
         lines = problem.m * (1 if problem.grouped else problem.batch)
         values = (lines + few_rows.matrices(problem) * problem.n) * problem.k * bytes_each + lines * problem.n * 2
         memory = values / (device.read_gbs * 1e3)
-        longest: float = sum(us**_BETWEEN for us in (busy / clock, l2 / clock, memory)) ** (1 / _BETWEEN)
+        longest: float = sum(us**_NORM for us in (busy / clock, l2 / clock, memory)) ** (1 / _NORM)
         rows = {"a": lines, "b": few_rows.matrices(problem) * problem.n}
         before = sum(_TURN_US + 2 * rows[role] * problem.k / (_TURN * device.read_gbs * 1e3) for role in config.turned)
-        launch = _LAUNCH_US + _CLUSTER_US * (config.cluster > 1) + _OVERLAP_US * bool(problem.pdl)
-        return launch + longest + before
+        return _LAUNCH_US + _OVERLAP_US * bool(problem.pdl) + longest + before
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
         operands, turns, used = list(_operands(call, config)), [], 0
@@ -188,33 +181,36 @@ def _settled(problem: Problem) -> Problem:
     return problem._replace(a_major="k", b_major="k") if problem.a in FLOATS8 else problem
 
 
-def _configs(problem: Problem, device: Device) -> list[Config]:
+def fitting(problem: Problem, device: Device) -> list[Config]:
+    """All that shared memory and registers hold."""
     multiple = _PANEL if problem.b_major == "mn" else 16
     found = []
     for warpgroups, waves, apart, most in _SHAPES[promotes(problem)]:
         for columns in range(multiple, most + 1, multiple):
             if problem.scale_block and columns > 128 and 128 % (columns - 128):
                 continue  # columns under three scales
-            for share_a, share_b, split in ((1, 1, 1), (2, 1, 1), (1, 2, 1), *((1, 1, split) for split in _SPLITS)):
-                config = Config(columns, warpgroups, waves, _MOST_STAGES, share_a, share_b, split, apart=apart)
+            for share, split in ((1, 1), (2, 1), *((1, split) for split in _SPLITS)):
+                config = Config(columns, warpgroups, waves, _MOST_STAGES, share, split, apart=apart)
                 if split > 1 and (apart or columns % (16 * split) or columns > _MOST_SPLIT):
                     continue
                 if not _worth(problem, config, device):
                     continue
-                fitting = (config._replace(stages=stages, lines=lines) for stages in range(_MOST_STAGES, 2, -1) for lines in (2, 1))
-                config = next((c for c in fitting if smem(problem, c) <= arch.get("sm_90a").max_smem), config)
+                rings = (config._replace(stages=stages, lines=lines) for stages in range(_MOST_STAGES, 2, -1) for lines in (2, 1))
+                held = next((c for c in rings if smem(problem, c) <= arch.get("sm_90a").max_smem), None)
+                if held is None:
+                    continue
                 resident = int(device.sm_count * REACHED[config.cluster] // config.cluster)
                 tiles = _tiles(problem, config)
                 # As few as need no more rounds: those read each other's operands from L2.
                 clusters = tiles if split > 1 else ceil_div(tiles, ceil_div(tiles, resident))
-                found.append(config._replace(clusters=clusters))
+                found.append(held._replace(clusters=clusters))
     return found
 
 
 def _worth(problem: Problem, config: Config, device: Device) -> bool:
     """Whether there are tiles for all CTAs of a cluster, and, where they cut k, few of them, and some steps for each."""
     if config.split == 1:
-        return problem.m > (config.share_b - 1) * config.rows and problem.n > (config.share_a - 1) * config.columns
+        return problem.m > (config.share - 1) * config.rows
     steps = ceil_div(problem.k * ELEMENTS[problem.a].bits // 8, _LINE)
     each = ceil_div(steps, config.split)
     return (
@@ -226,14 +222,14 @@ def _worth(problem: Problem, config: Config, device: Device) -> bool:
 
 def _tiles(problem: Problem, config: Config, most: bool = False) -> int:
     """That clusters take, one after the other; of segments as many as can be expected, or, `most`, as any lengths need."""
-    rows, columns = config.rows * config.share_b, config.columns * config.share_a
+    rows = config.rows * config.share
     if not problem.grouped:
         pieces = problem.batch * ceil_div(problem.m, rows)
     elif most:
         pieces = problem.m // rows + min(problem.batch, problem.m)
     else:
         pieces = few_rows.pieces(problem, rows)
-    return pieces * ceil_div(problem.n, columns)
+    return pieces * ceil_div(problem.n, config.columns)
 
 
 def smem(problem: Problem, config: Config) -> int:
@@ -264,8 +260,8 @@ def _operands(call: GemmCall, config: Config) -> tuple[_Operand, _Operand]:
     problem = call.problem
     matrices = (call.batch if call.a_strides[0] else 1), (call.experts if call.segments else call.batch) if call.b_strides[0] else 1
     return (
-        _Operand("a", A, 0, call.a_rows, matrices[0], call.a_strides, problem.a_major, config.rows, config.share_a),
-        _Operand("b", B, 0, call.n, matrices[1], call.b_strides, problem.b_major, config.columns, config.share_b),
+        _Operand("a", A, 0, call.a_rows, matrices[0], call.a_strides, problem.a_major, config.rows, 1),
+        _Operand("b", B, 0, call.n, matrices[1], call.b_strides, problem.b_major, config.columns, config.share),
     )
 
 
@@ -313,8 +309,7 @@ def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
         ("WARPGROUPS", config.warpgroups),
         ("WAVES", config.waves),
         ("STAGES", config.stages),
-        ("SHARE_A", config.share_a),
-        ("SHARE_B", config.share_b),
+        ("SHARE", config.share),
         ("SPLIT", config.split),
         ("LINES", config.lines),
         ("APART", int(config.apart)),

@@ -7,11 +7,10 @@
 #ifndef SPLIT
 #define SPLIT 1
 #endif
-#ifndef SHARE_A
-#define SHARE_A 1
-#define SHARE_B 1
+#ifndef SHARE
+#define SHARE 1
 #endif
-#define CLUSTER (SPLIT * SHARE_A * SHARE_B)
+#define CLUSTER (SPLIT * SHARE)
 
 extern "C" const char* failure() { return emulator::failure; }
 
