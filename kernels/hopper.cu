@@ -2,9 +2,9 @@
 // segments of successive rows. sm_90a.
 //
 //   roles     one thread asks TMA for steps of 128 bytes along k, up to STAGES ahead and across tiles; warps beside it bring scales;
-//             WARPGROUPS multiply, 64 WAVES rows each, and store
+//             WARPGROUPS multiply, 64 rows each, and store
 //   tiles     CTAs stay on their SMs and take tiles of BLOCK_M x BLOCK_N one after the other, in patches that share operands (schedule.cuh)
-//   apart     two warpgroups work together at a tile, or, APART, each at its own, in turns
+//   apart     two warpgroups work together at a tile, or, APART, each at its own of 128 rows, in turns
 //   clusters  SHARE CTAs have successive row tiles and the same columns of B: each brings a part of those, for all of them
 //   k         or SPLIT CTAs of a cluster cut k, where tiles are few; then each stores some columns, and has one tile
 //   sums      stay in the tensor cores, or with PROMOTE those of 128 bytes along k are added up outside; SCALE_BLOCK: scaled by floats then
@@ -23,8 +23,9 @@
 #include "common/schedule.cuh"
 
 constexpr int kConsumers = 4 * WARPGROUPS, kThreads = 128 * (WARPGROUPS + 1);       // warps; the first warpgroup brings
+constexpr int kWaves = APART ? 2 : 1;                                               // times 64 rows of a warpgroup
 constexpr int kTogether = APART ? 1 : WARPGROUPS, kTiles = WARPGROUPS / kTogether;  // warpgroups at one tile; tiles under way
-constexpr int kBlockM = 64 * kTogether * WAVES, kBlocks = BLOCK_N / 8;              // blocks: of 8 columns, as fragments have them
+constexpr int kBlockM = 64 * kTogether * kWaves, kBlocks = BLOCK_N / 8;             // blocks: of 8 columns, as fragments have them
 constexpr int kValueBytes = A_ELEMENT == kBf16 || A_ELEMENT == kFp16 ? 2 : 1, kStepValues = 128 / kValueBytes;
 constexpr int kCluster = SHARE * SPLIT;
 // Of a thread: what producers do not need is given to those who multiply.
@@ -47,7 +48,9 @@ struct Place {
     int warp, lane, g, t;  // warp: of those; g, t: as in fragments
 
     __device__ __forceinline__ int warpgroup() const { return warp / 4; }
-    __device__ __forceinline__ int row_in_tile(int wave) const { return (warpgroup() % kTogether * WAVES + wave) * 64 + warp % 4 * 16 + g; }
+    __device__ __forceinline__ int row_in_tile(int wave) const {
+        return (warpgroup() % kTogether * kWaves + wave) * 64 + warp % 4 * 16 + g;
+    }
 };
 
 // Shared memory -------------------------------------------------------------------------------------------------------------------
@@ -268,10 +271,11 @@ __device__ __forceinline__ void produce_scales(const Args& args, Ring ring, int 
 
 // Main loop -----------------------------------------------------------------------------------------------------------------------
 
-using Sums = float[WAVES][kBlocks][4];  // [..][2 r + c]: row g + 8 r of the warp's 16, column 2 t + c of the block
+using Sums = float[kWaves][kBlocks][4];  // [..][2 r + c]: row g + 8 r of the warp's 16, column 2 t + c of the block
 
 // Products of 32 bytes along k.
-__device__ __forceinline__ void multiply_async(float (&sum)[kBlocks][4], u64 a, u64 b, bool add) {
+template <int kCount>
+__device__ __forceinline__ void multiply_async(float (&sum)[kCount][4], u64 a, u64 b, bool add) {
     if constexpr (A_ELEMENT == kBf16)
         wgmma_bf16<A_MAJOR, B_MAJOR>(sum, a, b, add);
     else if constexpr (A_ELEMENT == kFp16)
@@ -298,12 +302,15 @@ struct Tiles {
     u64 a, b;
 
     __device__ __forceinline__ Tiles(const Ring& ring, int warpgroup)
-        : a(swizzled_descriptor(ring.a(), kPanel) + warpgroup * (WAVES * 64 * 128 / 16)), b(swizzled_descriptor(ring.b(), kPanel)) {}
-    // Begins the products of a step; unless `add`, sums begin again.
-    __device__ __forceinline__ void multiply(float (&sum)[kBlocks][4], int wave, bool add) const {
+        : a(swizzled_descriptor(ring.a(), kPanel) + warpgroup * (kWaves * 64 * 128 / 16)), b(swizzled_descriptor(ring.b(), kPanel)) {}
+    // Begins the products of a step, of blocks `first` and those behind it; unless `add`, sums begin again.
+    template <int kCount>
+    __device__ __forceinline__ void multiply(float (&sum)[kCount][4], int wave, int first, bool add) const {
         constexpr int kNextA = (A_MAJOR ? 16 * 128 : 32) / 16, kNextB = (B_MAJOR ? 16 * 128 : 32) / 16;
 #pragma unroll
-        for (int p = 0; p < 4; ++p) multiply_async(sum, a + wave * (64 * 128 / 16) + p * kNextA, b + p * kNextB, p > 0 || add);
+        for (int p = 0; p < 4; ++p)
+            multiply_async(sum, a + wave * (64 * 128 / 16) + p * kNextA, b + first * (8 * 128 / 16) + p * kNextB, p > 0 || add);
+        wgmma_commit();
     }
 };
 
@@ -346,9 +353,8 @@ __device__ __forceinline__ void multiply_all(Sums& sum, Ring& ring, const Place&
         const Tiles tiles(ring, at.warpgroup() % kTogether);
         wgmma_fence();
 #pragma unroll
-        for (int wave = 0; wave < WAVES; ++wave) tiles.multiply(sum[wave], wave, true);
-        wgmma_commit();
-        wgmma_wait<1>();
+        for (int wave = 0; wave < kWaves; ++wave) tiles.multiply(sum[wave], wave, 0, true);
+        wgmma_wait<kWaves>();
         if (step > 0) release(ring, before, at);
         before = ring.slot;
         ring.advance();
@@ -356,7 +362,7 @@ __device__ __forceinline__ void multiply_all(Sums& sum, Ring& ring, const Place&
     turns.pass();  // the other one's products follow these
     wgmma_wait<0>();
 #pragma unroll
-    for (int wave = 0; wave < WAVES; ++wave) keep(sum[wave]);
+    for (int wave = 0; wave < kWaves; ++wave) keep(sum[wave]);
     release(ring, before, at);
 }
 
@@ -365,59 +371,94 @@ struct StepScales {
     static constexpr int kAlike = smaller(128, BLOCK_N & -BLOCK_N);  // columns that are in one block in any tile
     static constexpr bool kOne = kAlike == BLOCK_N;                  // block in a tile, else up to two
     i32 border;                                                      // columns of the first block
-    float a[WAVES * 2], b[2];
+    float a[2], b[2];
 
     __device__ __forceinline__ StepScales(const Args& args, const Work& work) {
-        const i32 rows = args.b_scales.rows;
+        const i32 rows = SCALE_BLOCK == 0 ? 1 : args.b_scales.rows;
         border = (work.column_begin / rows + 1) * rows - work.column_begin;
     }
     __device__ __forceinline__ void read(u32 scales, const Place& at) {
+        if constexpr (SCALE_BLOCK == 0) return;
 #pragma unroll
-        for (int i = 0; i < WAVES * 2; ++i) a[i] = load_shared_float(scales + (at.row_in_tile(i / 2) + i % 2 * 8) * 4);
+        for (int i = 0; i < 2; ++i) a[i] = load_shared_float(scales + (at.row_in_tile(0) + i * 8) * 4);
         b[0] = load_shared_float(scales + kBlockM * 4), b[1] = load_shared_float(scales + kBlockM * 4 + 4);
     }
-    __device__ __forceinline__ void add(float (&sum)[kBlocks][4], const float (&part)[kBlocks][4], int wave) const {
+    // To blocks `first` and those behind it.
+    template <int kCount>
+    __device__ __forceinline__ void add(float (&sum)[kBlocks][4], int first, const float (&part)[kCount][4]) const {
         float factor[2][2], f[2];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) factor[i / 2][i % 2] = a[wave * 2 + i / 2] * b[i % 2];
+        for (int i = 0; i < 4; ++i) factor[i / 2][i % 2] = a[i / 2] * b[i % 2];
 #pragma unroll
-        for (int j = 0; j < kBlocks; ++j) {
-            if (j * 8 % kAlike == 0) {
+        for (int j = first; j < first + kCount; ++j) {
+            if (j == first || j * 8 % kAlike == 0) {
                 const bool second = !kOne && j * 8 >= border;
                 f[0] = second ? factor[0][1] : factor[0][0], f[1] = second ? factor[1][1] : factor[1][0];
             }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sum[j][i] += f[i / 2] * part[j][i];
+            for (int i = 0; i < 4; ++i) {
+                if constexpr (SCALE_BLOCK != 0)
+                    sum[j][i] += f[i / 2] * part[j - first][i];
+                else
+                    sum[j][i] += part[j - first][i];
+            }
         }
     }
 };
 
-// Sums leave the tensor cores after each step. While those of one warpgroup are added up, the other one multiplies.
-__device__ __forceinline__ void multiply_promoted(Sums& sum, Ring& ring, const Args& args, const Work& work, const Place& at, i32 steps) {
-    StepScales scales(args, work);
-    float part[kBlocks][4];
-#pragma unroll 1
-    for (i32 step = 0; step < steps; ++step) {
-        mbarrier_wait(ring.full(ring.slot), ring.phase);
-        const Tiles tiles(ring, at.warpgroup() % kTogether);
+// Sums leave the tensor cores after each step, in two lots of columns: while one is added up, the other one, or the first one of the next
+// step, is being multiplied. NOTE: but for the last of kSteps, since the compiler follows products through straight code alone.
+struct Promotion {
+    static constexpr int kFirst = (kBlocks / 2 + 1) / 2 * 2, kSecond = kBlocks - kFirst;  // blocks: of the lots
+    StepScales scales;
+
+    template <int kSteps>
+    __device__ __forceinline__ void steps(Sums& sum, Ring& ring, const Place& at) {
+        float first[kFirst][4], second[larger(kSecond, 1)][4];
+        multiply_first(first, ring, at);
 #pragma unroll
-        for (int wave = 0; wave < WAVES; ++wave) {
-            wgmma_fence();
-            tiles.multiply(part, wave, false);
-            wgmma_commit();
-            if (SCALE_BLOCK != 0 && wave == 0) scales.read(ring.scales(), at);
-            wgmma_wait<0>();
-            keep(part);
-            if (wave == WAVES - 1) release(ring, ring.slot, at);
-            if constexpr (SCALE_BLOCK != 0) {
-                scales.add(sum[wave], part, wave);
+        for (int step = 0; step < kSteps; ++step) {
+            if constexpr (kSecond > 0) {
+                wgmma_fence();
+                tiles(ring, at).multiply(second, 0, kFirst, false);
+            }
+            scales.read(ring.scales(), at);
+            wgmma_wait<(kSecond > 0)>();
+            keep(first);
+            scales.add(sum[0], 0, first);
+            const u32 before = ring.slot;
+            ring.advance();
+            if (step + 1 < kSteps) {
+                multiply_first(first, ring, at);
+                wgmma_wait<1>();
             } else {
-#pragma unroll
-                for (int i = 0; i < kBlocks * 4; ++i) sum[wave][i / 4][i % 4] += part[i / 4][i % 4];
+                wgmma_wait<0>();
+            }
+            release(ring, before, at);
+            if constexpr (kSecond > 0) {
+                keep(second);
+                scales.add(sum[0], kFirst, second);
             }
         }
-        ring.advance();
     }
+
+  private:
+    static __device__ __forceinline__ Tiles tiles(const Ring& ring, const Place& at) { return Tiles(ring, at.warpgroup() % kTogether); }
+    static __device__ __forceinline__ void multiply_first(float (&first)[kFirst][4], const Ring& ring, const Place& at) {
+        mbarrier_wait(ring.full(ring.slot), ring.phase);
+        wgmma_fence();
+        tiles(ring, at).multiply(first, 0, 0, false);
+    }
+};
+
+__device__ __forceinline__ void multiply_promoted(Sums& sum, Ring& ring, const Args& args, const Work& work, const Place& at, i32 steps) {
+    constexpr int kAtOnce = 4;
+    Promotion promotion{StepScales(args, work)};
+    i32 step = 0;
+#pragma unroll 1
+    for (; step + kAtOnce <= steps; step += kAtOnce) promotion.steps<kAtOnce>(sum, ring, at);
+#pragma unroll 1
+    for (; step < steps; ++step) promotion.steps<1>(sum, ring, at);
 }
 
 // Results -------------------------------------------------------------------------------------------------------------------------
@@ -594,7 +635,7 @@ __device__ __forceinline__ void meet(const Sums& sum, const Ring& ring, const Te
     };
     __syncthreads();  // nobody reads the ring any more
 #pragma unroll
-    for (int wave = 0; wave < WAVES; ++wave)
+    for (int wave = 0; wave < kWaves; ++wave)
 #pragma unroll
         for (int j = 0; j < kBlocks; ++j) {
             const float (&s)[4] = sum[wave][j];
@@ -605,7 +646,7 @@ __device__ __forceinline__ void meet(const Sums& sum, const Ring& ring, const Te
     cluster_wait();
     delay();
 #pragma unroll
-    for (int wave = 0; wave < WAVES; ++wave) {
+    for (int wave = 0; wave < kWaves; ++wave) {
         float total[kOwn][4] = {};
 #pragma unroll 1
         for (int sender = 0; sender < SPLIT; sender += kAtOnce) {
@@ -667,7 +708,7 @@ __device__ __forceinline__ void consume(const TensorArgs& args, Ring ring, const
             meet(sum, ring, args, work, at, rank, lines);
         } else {
 #pragma unroll
-            for (int wave = 0; wave < WAVES; ++wave) Store<kBlocks>(args, work, at, sum[wave], wave, 0, ring, tile, lines);
+            for (int wave = 0; wave < kWaves; ++wave) Store<kBlocks>(args, work, at, sum[wave], wave, 0, ring, tile, lines);
         }
         __syncwarp();
         if (at.lane == 0) mbarrier_arrive(ring.factors_empty(tile));

@@ -359,7 +359,7 @@ def test_the_cover_of_hopper() -> None:
     defines = [dict(hopper._defines(*row)) for row in hopper_cover()]
     assert len(defines) <= MOST_HOPPER
     assert {d["BLOCK_N"] for d in defines} == set(range(16, 257, 16))
-    assert {(d["WARPGROUPS"], d["WAVES"], d["APART"]) for d in defines} == {(1, 1, 0), (2, 1, 0), (2, 2, 0), (2, 2, 1)}
+    assert {(d["WARPGROUPS"], d["APART"]) for d in defines} == {(1, 0), (2, 0), (2, 1)}
     assert {(d["SHARE"], d["SPLIT"]) for d in defines} == {(1, 1), (2, 1), (1, 2), (1, 4)}
     assert {(d["A_ELEMENT"], d["B_ELEMENT"]) for d in defines} == {(0, 0), (1, 1), (2, 2), (2, 3), (3, 2), (3, 3)}
     assert {(d["PROMOTE"], d["SCALE_BLOCK"]) for d in defines} == {(0, 0), (1, 0), (1, 128)}

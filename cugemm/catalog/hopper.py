@@ -20,13 +20,12 @@ _PANEL = 64
 
 
 class Config(NamedTuple):
-    """Columns of a tile, warpgroups that multiply and how many times 64 rows each has, steps in the ring; CTAs of a cluster, which share
-    columns of B, or cut k; how many clusters there are; places for results of each warp, of 16 lines; whether warpgroups have
-    tiles apart; and which operands are turned first, to be contiguous along k."""
+    """Columns of a tile, warpgroups that multiply, steps in the ring; CTAs of a cluster, which share
+    columns of B, or cut k; how many clusters there are; places for results of each warp, of 16 lines; whether warpgroups,
+    of 64 rows each together, have tiles of 128 apart; and which operands are turned first, to be contiguous along k."""
 
     columns: int
     warpgroups: int
-    waves: int
     stages: int
     share: int = 1
     split: int = 1
@@ -37,7 +36,7 @@ class Config(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return 64 * self.waves * (1 if self.apart else self.warpgroups)
+        return 64 * self.warpgroups
 
     @property
     def cluster(self) -> int:
@@ -50,18 +49,15 @@ class Config(NamedTuple):
     def __str__(self) -> str:
         shared = "that share columns of b" if self.share > 1 else "that cut k"
         return (
-            f"tile {self.rows}x{self.columns}, warpgroups {self.warpgroups}x{self.waves}{' apart' * self.apart}, {self.stages} stages, "
+            f"tile {self.rows}x{self.columns}, warpgroups {self.warpgroups}{' apart' * self.apart}, {self.stages} stages, "
             f"{self.clusters} "
             + (f"clusters of {self.cluster} {shared}" if self.cluster > 1 else "CTAs")
             + "".join(f", {role} transposed first" for role in self.turned)
         )
 
 
-_SHAPES = {
-    False: ((1, 1, False, 256), (2, 1, False, 256), (2, 2, True, 160)),
-    True: ((1, 1, False, 192), (2, 1, False, 192), (2, 2, False, 128)),
-}
-"""`warpgroups`, `waves`, `apart`, and columns for which registers hold the sums; by whether those of a step are added up outside."""
+_SHAPES = {False: ((1, False, 256), (2, False, 256), (2, True, 160)), True: ((1, False, 192), (2, False, 192))}
+"""`warpgroups`, `apart`, and columns for which registers hold the sums; by whether those of a step are added up outside."""
 _MOST_SPLIT = 192
 """Columns beside which registers hold what other CTAs of a cluster have summed."""
 _MOST_STAGES = 8
@@ -131,7 +127,7 @@ class Hopper:
         steps = ceil_div(ceil_div(problem.k * bytes_each, _LINE), config.split)
         height, columns = config.rows, config.columns
         together = config.warpgroups == 2 and not config.apart
-        products = height * columns / 32 * _PRODUCTS * (_TOGETHER if together and config.waves == 1 else 1)
+        products = height * columns / 32 * _PRODUCTS * (_TOGETHER if together else 1)
         ends = _TILE_CLOCKS + _SUM_CLOCKS * height * columns / (2 if together else 1) * (1 + config.split) / 2
         busy = rounds * steps * products + ends * (1 if config.apart else rounds)  # apart: while the other warpgroup multiplies
         l2 = tiles * config.cluster * steps * (height + columns / config.share) * _LINE / _L2_BYTES_PER_CLOCK
@@ -185,12 +181,12 @@ def fitting(problem: Problem, device: Device) -> list[Config]:
     """All that shared memory and registers hold."""
     multiple = _PANEL if problem.b_major == "mn" else 16
     found = []
-    for warpgroups, waves, apart, most in _SHAPES[promotes(problem)]:
+    for warpgroups, apart, most in _SHAPES[promotes(problem)]:
         for columns in range(multiple, most + 1, multiple):
             if problem.scale_block and columns > 128 and 128 % (columns - 128):
                 continue  # columns under three scales
             for share, split in ((1, 1), (2, 1), *((1, split) for split in _SPLITS)):
-                config = Config(columns, warpgroups, waves, _MOST_STAGES, share, split, apart=apart)
+                config = Config(columns, warpgroups, _MOST_STAGES, share, split, apart=apart)
                 if split > 1 and (apart or columns % (16 * split) or columns > _MOST_SPLIT):
                     continue
                 if not _worth(problem, config, device):
@@ -307,7 +303,6 @@ def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
         ("GROUPED", int(problem.grouped)),
         ("BLOCK_N", config.columns),
         ("WARPGROUPS", config.warpgroups),
-        ("WAVES", config.waves),
         ("STAGES", config.stages),
         ("SHARE", config.share),
         ("SPLIT", config.split),
