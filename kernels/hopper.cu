@@ -10,7 +10,7 @@
 //   sums      stay in the tensor cores, or with PROMOTE those of 128 bytes along k are added up outside; SCALE_BLOCK: scaled by floats then
 //   shared    STAGES x (tile of A, tile of B), swizzled | LINES x 16 lines of results for each warp, which TMA stores | what scales columns,
 //             and is added; what scales rows; STAGES x scales of a step | barriers
-//   launch    everything waits for the kernel ahead
+//   launch    B of the first steps comes, or is prefetched, before the kernel ahead has ended, if the host says so
 //
 // Not handled: operands of different sizes, scales inside of values, gathered rows, fp8 contiguous along m or n (wgmma has none;
 // transpose.cu comes first).
@@ -126,8 +126,8 @@ __device__ __forceinline__ bool scaled_by_column(const Args& args) {
 
 // Producer ------------------------------------------------------------------------------------------------------------------------
 
-// One operand's tile of a step. kSharers CTAs need it, of which this one brings part `rank`, to all.
-template <int kMajor, int kRows, int kSharers>
+// One operand's tile of a step. kSharers CTAs need it, of which this one brings part `rank`, to all; or kPrefetch, to L2.
+template <int kMajor, int kRows, int kSharers, bool kPrefetch = false>
 __device__ __forceinline__ void bring(const TensorMap& map, u32 to, i32 row, i32 k, i32 matrix, u32 full, int rank) {
     constexpr int kPanels = kMajor ? (kRows + 63) / 64 : 1, kPart = (kMajor ? 64 : kRows) / kSharers;  // a part: lines of 128 bytes
     static_assert(kPart % 8 == 0, "parts are whole patterns of the swizzle");
@@ -136,7 +136,9 @@ __device__ __forceinline__ void bring(const TensorMap& map, u32 to, i32 row, i32
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
         const i32 x = kMajor ? row + panel * 64 : k, y = kMajor ? k + from : row + from;
-        if constexpr (kSharers > 1)
+        if constexpr (kPrefetch)
+            prefetch_box(map, x, y, matrix);
+        else if constexpr (kSharers > 1)
             copy_box_to((1 << kSharers) - 1, to + panel * kPanel, map, x, y, matrix, full);
         else
             copy_box(to + panel * kPanel, map, x, y, matrix, full);
@@ -170,19 +172,38 @@ __device__ __forceinline__ void for_tiles(const Args& args, int rank, Each each)
 __device__ __forceinline__ void produce(const TensorArgs& args, Ring ring, int lane, int rank) {
     const Steps steps(args, rank);
     Filling at{ring};
+    const auto bring_b = [&](const Ring& to, const Work& work, i32 step) {
+        const i32 k = (steps.first + step) * kStepValues, expert = args.b_batch ? work.expert : 0;
+        mbarrier_arrive_expecting(to.full(to.slot), kStage);
+        bring<B_MAJOR, BLOCK_N, SHARE>(args.b_map, to.b(), work.column_begin, k, expert, to.full(to.slot), rank);
+    };
+    i32 early = 0;                                                        // steps whose columns have been asked for
+    if (args.early != 0 && !GROUPED && args.grouped == 0 && lane == 0) {  // which do not depend on the kernel ahead; counts may
+        const Work work = work_of(args, blockIdx.x / kCluster, rank);
+        const i32 expert = args.b_batch ? work.expert : 0, first = smaller(steps.count, STAGES);
+        Ring to = ring;
+        for (i32 step = 0; step < first; ++step, to.advance()) {
+            if (args.early == 2)
+                bring_b(to, work, step);
+            else
+                bring<B_MAJOR, BLOCK_N, SHARE, true>(args.b_map, 0, work.column_begin, (steps.first + step) * kStepValues, expert, 0, rank);
+        }
+        if (args.early == 2) early = first;
+    }
+    __syncwarp();
+    wait_for_predecessor();
     for_tiles(args, rank, [&](const Work& work) {
-        const i32 batch = args.a_batch ? work.batch : 0, expert = args.b_batch ? work.expert : 0;
+        const i32 batch = args.a_batch ? work.batch : 0;
         if (lane == 0 && work.any) {
 #pragma unroll 1
             for (i32 step = 0; step < steps.count; ++step) {
-                const u32 full = at.ring.full(at.ring.slot);
                 const i32 k = (steps.first + step) * kStepValues;
                 at.wait_for_slot();
-                mbarrier_arrive_expecting(full, kStage);
-                bring<A_MAJOR, kBlockM, 1>(args.a_map, at.ring.a(), work.row_begin, k, batch, full, rank);
-                bring<B_MAJOR, BLOCK_N, SHARE>(args.b_map, at.ring.b(), work.column_begin, k, expert, full, rank);
+                if (step >= early) bring_b(at.ring, work, step);
+                bring<A_MAJOR, kBlockM, 1>(args.a_map, at.ring.a(), work.row_begin, k, batch, at.ring.full(at.ring.slot), rank);
                 at.advance();
             }
+            early = 0;
         }
         __syncwarp();
     });
@@ -741,7 +762,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
         cluster_arrive_relaxed();
         cluster_wait();
     }
-    wait_for_predecessor();
+    if (warp != 0) wait_for_predecessor();
     if (warp < 4) {
         if constexpr (kShift) fewer_registers<kProducerRegisters>();
         if (warp == 0) produce(args, ring, lane, rank);

@@ -29,6 +29,8 @@ extern "C" __global__ void produce(const uint4* from, uint4* to, int count, long
 """Lets the next kernel begin, and writes long after that."""
 N, K = 1000, 1024
 WEIGHTS = ("bf16", "fp8_row", "nvfp4", "mxfp4", "int4_g128", "fp8_block")
+WAYS = (*((name, "auto") for name in WEIGHTS), ("bf16", "hopper"))
+"""Weights, and the kernel asked for."""
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +43,14 @@ def weight(cupy: Any, w: Any, name: str) -> Any:
 
 
 @pytest.mark.parametrize("m", [1, 8, 16, 33])
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_a_product_waits_for_its_rows(dev: Any, name: str, m: int) -> None:
+@pytest.mark.parametrize(("name", "backend"), WAYS)
+def test_a_product_waits_for_its_rows(dev: Any, name: str, backend: str, m: int) -> None:
     """x is poison until a slow predecessor writes it; every mode gives the bits of an ordinary launch."""
     cupy: Any = dev.cupy
     rng = np.random.default_rng(m)
     source = measure.to_device(rng.standard_normal((m, K), np.float32).astype(ml_dtypes.bfloat16))
     w = weight(cupy, rng.standard_normal((N, K), np.float32).astype(ml_dtypes.bfloat16), name)
-    wanted = measure.to_host(cugemm.linear(source, w))
+    wanted = measure.to_host(cugemm.linear(source, w, backend=backend))
     assert np.isfinite(wanted.astype(np.float32)).all()
     produce = cupy.RawKernel(PRODUCER, "produce")
     for static in (False, True):
@@ -58,12 +60,12 @@ def test_a_product_waits_for_its_rows(dev: Any, name: str, m: int) -> None:
             cupy.cuda.Device().synchronize()
             count = x.nbytes // 16
             produce((4,), (256,), (source.view(np.uint16), x.view(np.uint16), np.int32(count), np.int64(400_000)))
-            cugemm.linear(x, w, out=out, pdl=True, static_weights=static)
+            cugemm.linear(x, w, out=out, pdl=True, static_weights=static, backend=backend)
             oracles.check_bits(measure.to_host(out), wanted, f"pdl, static_weights={static}")
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_a_chain_gives_the_bits_of_single_launches(dev: Any, name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), WAYS)
+def test_a_chain_gives_the_bits_of_single_launches(dev: Any, name: str, backend: str) -> None:
     """Each product reads what the one before wrote and writes where the one before that read; by itself and as a replayed graph."""
     cupy: Any = dev.cupy
     rng = np.random.default_rng(7)
@@ -76,7 +78,7 @@ def test_a_chain_gives_the_bits_of_single_launches(dev: Any, name: str) -> None:
     def chain(buffers: list[Any], **how: bool) -> Any:
         cupy.copyto(buffers[0].view(np.uint16), first.view(np.uint16))
         for i in range(steps):
-            cugemm.linear(buffers[i % 2], weights[i % 4], out=buffers[(i + 1) % 2], **how)
+            cugemm.linear(buffers[i % 2], weights[i % 4], out=buffers[(i + 1) % 2], backend=backend, **how)
         return buffers[steps % 2]
 
     def buffers() -> list[Any]:

@@ -275,7 +275,23 @@ def test_delays_change_no_bit() -> None:
 
 
 BOXES = Config(64, 2, 3, lines=2)
+
+
+@emulating
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("number", [0, 1, 2, 5, 6])
+def test_weights_ahead_of_the_wait(number: int, static: bool) -> None:
+    """Static ones may come before the kernel ahead has ended; all else is poison until then."""
+    a_name, b_name, (m, n, k), config, dtype, _ = CASES[number]
+    pair = formats.make(number, m, n, k, a_name, b_name, exact=True)
+    for eager in (False, True):
+        out = oracles.poison((m, n), dtype)
+        multiply(Config(*config), operand(pair.a), operand(pair.b), out, seed=number, eager=eager, pdl=True, static_weights=static)
+        formats.check(pair, out, dtype)
+
+
 FAULTS = {
+    "brings a ahead of the wait": ("    __syncwarp();\n    wait_for_predecessor();\n", "    __syncwarp();\n", BOXES),
     "reads ahead of TMA": ("mbarrier_wait(ring.full(ring.slot), ring.phase);", "", BOXES),
     "overwrites what is read": ("if (around) mbarrier_wait", "if (false) mbarrier_wait", BOXES),
     "gives back too early": ("if (step > 0) release(ring, before, at);", "release(ring, ring.slot, at);", BOXES),
@@ -471,3 +487,4 @@ def test_maps_are_made_once_for_a_pointer(monkeypatch: pytest.MonkeyPatch) -> No
     assert [maps[p][0] for p in (16, 32, 16, 48, 32)] == [1, 2, 1, 3, 2]
     assert made[0] == (16, 2, (64, 8, 1), (128, 1024), (64, 64, 1))
     assert maps[64][0] == 4 and len(maps) == 1, "a full table begins again"
+    assert maps[72] == bytes(128) and len(made) == 4, "TMA stores nothing there"

@@ -73,8 +73,6 @@ _L2_BYTES_PER_CLOCK = 7000.0
 _NORM = 2.47
 """How what goes on at the same time adds up: as a norm of this order."""
 _LAUNCH_US = 2.93
-_OVERLAP_US = 3.0
-"""That kernels save which read weights before the kernel ahead has ended."""
 _TURN_US, _TURN = 2.0, 0.7
 """To transpose an operand: the launch, and part of the read bandwidth."""
 _TRANSPOSE = struct.Struct("<5q4i")
@@ -138,7 +136,7 @@ class Hopper:
         longest: float = sum(us**_NORM for us in (busy / clock, l2 / clock, memory)) ** (1 / _NORM)
         rows = {"a": lines, "b": few_rows.matrices(problem) * problem.n}
         before = sum(_TURN_US + 2 * rows[role] * problem.k / (_TURN * device.read_gbs * 1e3) for role in config.turned)
-        return _LAUNCH_US + _OVERLAP_US * bool(problem.pdl) + longest + before
+        return _LAUNCH_US + longest + before
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
         operands, turns, used = list(_operands(call, config)), [], 0
@@ -153,7 +151,7 @@ class Hopper:
         size, most = ELEMENTS[problem.a].bits // 8, _tiles(problem._replace(m=call.m, batch=call.batch), config, most=True)
         clusters = most if config.split > 1 else min(most, config.clusters)
         maps = (*(_map(x, call.k, size) for x in operands), _out_map(call))
-        pdl = problem.pdl and "prefetch"  # it waits before it reads anything
+        pdl = "" if turns else problem.pdl  # what is turned comes from the launch ahead
         *before, multiply = gemm.steps(
             call, self.name, _defines(problem, config), clusters * config.cluster, config.threads, smem(problem, config), pdl, clusters
         )  # fmt: skip

@@ -103,6 +103,11 @@ __device__ __forceinline__ void copy_box(u32 shared, const TensorMap& map, i32 x
         "l"(reinterpret_cast<u64>(&map)), "r"(x), "r"(y), "r"(z), "r"(barrier)
         : "memory");
 }
+__device__ __forceinline__ void prefetch_box(const TensorMap& map, i32 x, i32 y, i32 z) {  // to L2
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(reinterpret_cast<u64>(&map)), "r"(x), "r"(y),
+                 "r"(z)
+                 : "memory");
+}
 // To the same place in all CTAs of `mask`, each of which counts its bytes at its own barrier.
 __device__ __forceinline__ void copy_box_to(u16 mask, u32 shared, const TensorMap& map, i32 x, i32 y, i32 z, u32 barrier) {
     asm volatile(

@@ -227,6 +227,9 @@ void barrier_wait(u32 number) {
 }
 
 inline void prefetch_tensor_map(const TensorMap&) {}
+inline void prefetch_box(const TensorMap& map, i32, i32, i32) {
+    if (map.mark != emulator::kMapMark) emulator::fail("no tensor map, of", map.address);
+}
 inline void copy_box(u32 to, const TensorMap& map, i32 x, i32 y, i32 z, u32 barrier) {
     emulator::ask({map, to, barrier, 1u << emulator::self->cta, {x, y, z}});
 }
