@@ -396,7 +396,7 @@ def test_refusals_of_formats() -> None:
 def test_only_by_name() -> None:
     """Until all of it is proven on a GPU."""
     text = cugemm.explain(cugemm.linear, BF16, BF16)
-    assert "hopper     refused: not yet proven on a GPU with warpgroups apart: only backend='hopper' takes it" in text
+    assert "hopper     refused: not yet proven on a GPU in its present form: only backend='hopper' takes it" in text
     assert "-> hopper" in cugemm.explain(cugemm.linear, BF16, BF16, backend="hopper")
     text = cugemm.explain(cugemm.matmul, E4M3, Spec((512, 256), "float8_e4m3fn"), backend="hopper")
     assert re.search("-> hopper .*, b transposed first$", text, re.MULTILINE)

@@ -20,9 +20,9 @@ _PANEL = 64
 
 
 class Config(NamedTuple):
-    """Columns of a tile, warpgroups that multiply, steps in the ring; CTAs of a cluster, which share
-    columns of B, or cut k; how many clusters there are; places for results of each warp, of 16 lines; whether warpgroups,
-    of 64 rows each together, have tiles of 128 apart; and which operands are turned first, to be contiguous along k."""
+    """Columns of a tile, warpgroups that multiply, steps in the ring; CTAs of a cluster, which share columns of B, or cut k; how many
+    clusters there are; places for results of each warp, of 16 lines; whether warpgroups, of 64 rows each together, have tiles of 128 rows
+    apart; and which operands are turned first, to be contiguous along k."""
 
     columns: int
     warpgroups: int
@@ -90,7 +90,7 @@ class Hopper:
         if "wgmma" not in arch.get(problem.arch or "sm_90a").features:
             return "needs sm_90a"
         if problem.backend == "auto":
-            return "not yet proven on a GPU with warpgroups apart: only backend='hopper' takes it"
+            return "not yet proven on a GPU in its present form: only backend='hopper' takes it"
         if problem.batch_invariant:
             return "adds up in another order for another m"
         alike = problem.a == problem.b if problem.a in FLOATS16 else problem.a in FLOATS8
