@@ -63,7 +63,7 @@ _MOST_SPLIT = 192
 _MOST_STAGES = 8
 _SPLITS = (2, 4)
 
-# Fitted to 1337 times of 183 products on an H100 (docs/benchmarks/hopper_configs.json); the choice is within 5 % of the best on 96 %.
+# Fitted to 1229 times of 183 products on an H100 (docs/benchmarks/hopper_configs.json); the choice is within 5 % of the best on 96 %.
 _PRODUCTS, _TOGETHER = 1.24, 0.89
 """How much longer products take than tensor cores could; and of that, where two warpgroups have a tile of 128 rows together."""
 _TILE_CLOCKS, _SUM_CLOCKS = 1850.0, 0.54

@@ -1,0 +1,137 @@
+"""Times of configs of kernels/hopper.cu beside torch's products: docs/benchmarks/hopper_configs.json, which its cost model is fitted to.
+
+python tests/gpu_configs.py --json hopper_configs.json --each 6
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gpu_arrays
+import ml_dtypes
+
+from cugemm import arch, cases, compile, launch, measure, records, select
+from cugemm.catalog import Step, hopper
+from cugemm.catalog.hopper import Config
+from cugemm.problem import GemmCall
+
+FORMATS = ("bf16", "fp8_tensor", "fp8_block")
+SHAPES = ((7168, 2048), (2112, 7168), (6144, 4096), (4096, 7168), (24576, 1536), (4096, 14336), (28672, 4096), (4096, 4096))
+ROWS = (64, 128, 256, 512, 1024, 2048, 4096)
+PRODUCTS = (
+    *((m, n, k) for (n, k), m in itertools.product(SHAPES, ROWS)), *((m, 11008, 4096) for m in (128, 1024, 4096)),
+    (1024, 7168, 16384), (8192, 8192, 8192),
+)  # fmt: skip
+NOTE = (
+    "configs of kernels/hopper.cu: those that the model called cheapest and the best of each kind, graph replay, weights from memory, us; "
+    "configs: fields of its Config without clusters; rows: format, m, n, k, torch us, [[config, us], ...]"
+)
+
+
+def asked(name: str, m: int, n: int, k: int) -> GemmCall:
+    call = cases.record(cases.case(name), m, n, k, 0)[-1].call
+    return call._replace(problem=call.problem._replace(arch="sm_90a", backend="hopper"))
+
+
+def tried(call: GemmCall, each: int) -> list[Config]:
+    """The cheapest, and of each way to cut the work the cheapest, unless that is far off."""
+
+    def price(config: Config) -> float:
+        return hopper.KERNEL.cost(call.problem, config, arch.H100)
+
+    ranked = sorted(hopper.fitting(call.problem, arch.H100), key=price)
+    kinds: dict[Any, Config] = {}
+    for config in ranked:
+        if price(config) < 1.4 * price(ranked[0]):
+            kinds.setdefault((config.warpgroups, config.apart, config.share, config.split), config)
+    return list(dict.fromkeys([*ranked[:each], *kinds.values()]))
+
+
+def build(job: tuple[str, tuple[tuple[str, int], ...]]) -> None:
+    compile.cubin(job[0], arch.get("sm_90a"), dict(job[1]))
+
+
+@contextmanager
+def forced(config: Config) -> Iterator[None]:
+    """Inside, products take this config."""
+    choose = select.choose
+
+    def chosen(problem: Any, device: Any) -> Any:
+        if not hasattr(problem, "scale_block"):
+            return choose(problem, device)
+        return select.Choice(problem, (select.Ranked(hopper.KERNEL, config, 0.0),), ())
+
+    gpu_arrays.forget()
+    select.choose = chosen
+    try:
+        yield
+    finally:
+        select.choose = choose
+        gpu_arrays.forget()
+
+
+def times(name: str, m: int, n: int, k: int, configs: list[Config]) -> tuple[float, list[float]]:
+    """us of torch's product, and of each config."""
+    import cupy
+
+    case = cases.case(name)
+
+    def values(rows: int) -> Any:
+        wide = cupy.random.standard_normal((rows, k), dtype=cupy.float32).view(cupy.uint32)
+        return (wide >> 16).astype(cupy.uint16).view(ml_dtypes.bfloat16)
+
+    copies = min(measure.copies_for(cases.stored(case.weights, n, k), launch.machine(0)[1].l2_bytes), 16)
+    x, weights = case.activation(values(m)), [case.weight(values(n)) for _ in range(copies)]
+    graphs: dict[str, measure.Graph] = {}
+    for i, config in enumerate(configs):
+        with forced(config):
+            graphs[str(i)] = measure.graph(measure.CupyGraph, lambda turn: case.product(x, weights[turn % copies]), copies)
+    peer = case.baselines[0]
+    graphs[peer] = measure.graph(measure.TorchGraph, measure.torch_baseline(peer, m, n, k, copies), copies)
+    us = measure.interleaved(graphs, rounds=3)
+    return us[peer], [us[str(i)] for i in range(len(configs))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--each", type=int, default=6, help="configs of each product, beside the best of each kind")
+    args = parser.parse_args()
+
+    work = [(name, *shape) for shape in PRODUCTS for name in FORMATS]
+    calls = {product: asked(*product) for product in work}
+    configs = {product: tried(call, args.each) for product, call in calls.items()}
+    jobs = {
+        (step.source, step.defines)
+        for product, call in calls.items()
+        for config in configs[product]
+        for step in hopper.KERNEL.steps(call, config)
+        if isinstance(step, Step)
+    }
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(build, jobs))
+
+    known: dict[tuple[Any, ...], int] = {}
+    rows = []
+    for product in work:
+        torch_us, us = times(*product, configs[product])
+        found = [
+            [known.setdefault((*c[:5], c.lines, c.apart), len(known)), round(one, 2)] for c, one in zip(configs[product], us, strict=True)
+        ]
+        rows.append([*product, round(torch_us, 2), found])
+        best = min(range(len(us)), key=us.__getitem__)
+        print(f"{product} torch {torch_us:.1f} hopper {us[best]:.1f} {configs[product][best]}", flush=True)
+        document = {name: value for name, value in records.new_document().items() if name != "rows"}
+        args.json.write_text(json.dumps({**document, "note": NOTE, "configs": list(known), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
