@@ -36,7 +36,10 @@ BLOCKS = [
     ("int8_row", "int4_g128"), ("fp8_group", "mxfp8"), ("nvfp4_row", "int4_g32"),
 ]  # fmt: skip
 FEW_ROWS = [("bf16", "bf16"), ("bf16", "fp8_row"), ("fp8_group", "fp8_block"), ("bf16", "nvfp4"), ("bf16", "mxfp8"), ("fp16", "int4_g128")]
-HOPPER = [("bf16", "bf16", "fast"), ("e4m3", "e5m2", "fast"), ("fp8_row", "fp8_row", "promoted"), ("fp8_group", "fp8_block", "promoted")]
+HOPPER = [
+    ("bf16", "bf16", "fast"), ("e4m3", "e5m2", "fast"), ("fp8_row", "fp8_row", "promoted"), ("fp8_group", "fp8_block", "promoted"),
+    ("e4m3", "e5m2", "fp32"),
+]  # fmt: skip
 SHAPES = [(1, 1, 2), (17, 33, 66), (129, 131, 258)]
 
 

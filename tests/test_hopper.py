@@ -10,11 +10,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import emulated
 import format_oracles as formats
 import grouped_cases as cases
+import ml_dtypes
 import numpy as np
 import oracles
 import pytest
@@ -130,6 +132,55 @@ def test_fp8_contiguous_along_m_or_n(number: int) -> None:
     formats.check(pair, out, "bfloat16")
 
 
+WIDENED = (
+    ("e4m3", "e5m2", (70, 40, 208), "", (32, 1, 3), ()),
+    ("fp8_row", "fp8_tensor", (144, 208, 400), "b", (64, 2, 3), ()),
+    ("e5m2", "e4m3", (272, 144, 80), "ab", (64, 2, 3, 2, 1, 1, 2, True), ()),
+    ("e4m3", "e4m3", (48, 16, 336), "a", (16, 1, 3), (3,)),
+)
+
+
+@emulating
+@pytest.mark.parametrize("number", range(len(WIDENED)))
+def test_fp8_with_sums_of_fp32(number: int) -> None:
+    """Both operands go to fp16 first, in the layout they have; products of random values are as exact as those of 16 bits."""
+    *kinds, (m, n, k), turned, config, batch = WIDENED[number]
+    for exact in (True, False):
+        pair = formats.make(number, m, n, k, *kinds, exact=exact, batch=batch)
+        a, b = (
+            x._replace(data=np.ascontiguousarray(x.data.swapaxes(-1, -2)).swapaxes(-1, -2)) if role in turned else x
+            for role, x in zip("ab", pair[:2], strict=True)
+        )
+        x, w = operand(a), operand(b)
+        w = w.T if isinstance(w, Quantized) else w.swapaxes(-1, -2)
+        with chosen(Config(*config, turned="ab", wide=True)), emulate(seed=number, eager=exact) as ran:
+            out = cugemm.matmul(x, w, out_dtype="float32", backend="hopper", accumulate="fp32")
+        assert ran == ["widen", "widen", "hopper"]
+        formats.check(pair, out, "float32")
+
+
+@emulating
+@pytest.mark.parametrize("element", [2, 3])
+def test_every_code_widened(element: int) -> None:
+    """Lines of any length; NaN stays NaN, infinity infinity."""
+    codes = np.arange(256, dtype=np.uint8)
+    dtype = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)[element - 2]
+    for length in (256, 249, 5):
+        source = np.zeros((3, 256), np.uint8)
+        source[:, :length] = codes[:length]
+        x = _Operand("a", 0, 0, 3, 1, (0, 256, 1), "k", 0, 1)
+        call = SimpleNamespace(k=length, problem=SimpleNamespace(a=("e4m3", "e5m2")[element - 2]))
+        step, wide, size = hopper._widen(x, call, 1, 16)  # type: ignore[arg-type]
+        pitch = -(-length // 8) * 8
+        assert wide == x._replace(pointer=1, offset=16, strides=(0, pitch, 1)) and size == 6 * pitch
+        target = np.full(16 + size, 0xA5, np.uint8)
+        memory = tuple((y.ctypes.data, y.nbytes) for y in (source, target))
+        emulated._launch(step, [source.ctypes.data, target.ctypes.data], [], "sm_90a", 1, False, memory=memory)
+        got = target[16:].view(np.float16).reshape(3, pitch)[:, :length]
+        np.testing.assert_array_equal(got, np.broadcast_to(codes[:length].view(dtype).astype(np.float16), got.shape))
+        assert (target[:16] == 0xA5).all()
+
+
 @emulating
 def test_transpose() -> None:
     """Any size and pitch, every byte, zeros up to a multiple of 16."""
@@ -137,8 +188,9 @@ def test_transpose() -> None:
     for lines, length, pitch in ((1, 1, 16), (17, 130, 144), (128, 128, 128), (130, 257, 288), (300, 15, 16), (15, 300, 304)):
         source = rng.integers(1, 256, (2, lines, pitch), np.uint8)
         x = _Operand("b", 0, 0, length, 2, (lines * pitch, 1, pitch), "mn", 0, 1)
-        step, turned = hopper._transpose(x, lines, 1, 32)
+        step, turned, size = hopper._transpose(x, SimpleNamespace(k=lines), 1, 32)  # type: ignore[arg-type]
         wide = -(-lines // 16) * 16
+        assert size == 2 * length * wide
         assert turned == x._replace(pointer=1, offset=32, strides=(length * wide, wide, 1), major="k")
         target = np.full(32 + 2 * length * wide, 0xA5, np.uint8)
         memory = tuple((y.ctypes.data, y.nbytes) for y in (source, target))
@@ -344,7 +396,6 @@ BF16, FP16, E4M3 = (Spec((256, 512), dtype) for dtype in ("bfloat16", "float16",
     [
         ((BF16, FP16), {}, "multiplies two operands of one 16-bit type, or two of float8"),
         ((BF16, E4M3), {}, "multiplies two operands of one 16-bit type, or two of float8"),
-        ((E4M3, E4M3), {"accumulate": "fp32"}, "adds up fp8 products in tensor cores, which keep 14 bits"),
         ((BF16, BF16), {"batch_invariant": True}, "adds up in another order for another m"),
         ((Spec((256, 511), "bfloat16"), Spec((256, 511), "bfloat16")), {}, "reads rows in order, in 16-byte pieces"),
         ((Spec((256, 0), "bfloat16"), Spec((256, 0), "bfloat16")), {}, "reads rows in order, in 16-byte pieces"),
@@ -385,8 +436,11 @@ def test_refusals_of_formats() -> None:
         cugemm.matmul(E4M3, Spec((512, 256), "float8_e4m3fn"))
     problem = calls[0].call.problem._replace(backend="hopper", arch="sm_90a")
     assert hopper.KERNEL.refuse(problem) is None
-    reason = "multiplies fp8 operands contiguous along k, and has no memory to turn others"
+    reason = "multiplies fp8 contiguous along k, with sums of 14 bits, and has no memory to prepare others"
     assert hopper.KERNEL.refuse(problem._replace(scratch=False)) == reason
+    assert hopper.KERNEL.refuse(problem._replace(b_major="k", accumulate="fp32", scratch=False)) == reason
+    reason = "adds up fp8 products in tensor cores, which keep 14 bits, where floats scale them along k"
+    assert hopper.KERNEL.refuse(problem._replace(b_major="k", accumulate="fp32", scale_block=128)) == reason
     with pytest.raises(NoKernelError, match="hopper: needs sm_90a"):
         select.choose(problem_of(256, 512, 512)._replace(arch="sm_100a"), arch.H100)
     with pytest.raises(NoKernelError, match="hopper: reads rows in order, in 16-byte pieces"):

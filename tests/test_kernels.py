@@ -304,8 +304,9 @@ def jobs_of(target: str) -> list[Job]:
             for step in kernel.steps(template._replace(problem=question), few):
                 add(step)
     for question, many in hopper_cover() if target == "sm_90a" else ():
-        for step in hopper.KERNEL.steps(template._replace(problem=question), many._replace(turned="b" if question.b == "e4m3" else "")):
-            add(step)
+        for first in ({"turned": "b"}, {"turned": "b", "wide": True}) if question.b in ("e4m3", "e5m2") else ({},):
+            for step in hopper.KERNEL.steps(template._replace(problem=question), many._replace(**first)):
+                add(step)
     for call in layer_calls():
         question = call.problem._replace(arch=target)
         best = select.choose(question, DEVICES[target]).best
@@ -373,7 +374,7 @@ def test_every_decode_and_mode_appears() -> None:
     jobs = jobs_of("sm_90a")
     kernels = {path.stem for path in (ROOT / "kernels").glob("*.cu")}
     assert {job.stem for job in jobs} == kernels - {"stream", "reduce"}, "stream is the benchmark's own"
-    assert {job.stem for job in jobs_of("sm_80")} == kernels - {"stream", "swap_ab", "hopper", "transpose"}
+    assert {job.stem for job in jobs_of("sm_80")} == kernels - {"stream", "swap_ab", "hopper", "transpose", "widen"}
     gemms = [job.defines for job in jobs if job.stem == "portable"]
     assert len({(d["A_ELEMENT"], d["A_SCALE"], d["B_ELEMENT"], d["B_SCALE"]) for d in gemms}) == len(PAIRS)
     assert {d["SCALE_BLOCK"] for d in gemms} == set(SCALE_BLOCKS)

@@ -9,7 +9,7 @@ from cugemm import arch
 from cugemm.arch import Device
 from cugemm.catalog import few_rows, gemm
 from cugemm.catalog.step import REACHED, Step, TensorMap, Zero
-from cugemm.formats import ELEMENTS
+from cugemm.formats import ELEMENTS, FP16
 from cugemm.problem import FLOATS8, FLOATS16, OUT, A, B, GemmCall, Problem
 from cugemm.scales import ceil_div
 
@@ -22,7 +22,7 @@ _PANEL = 64
 class Config(NamedTuple):
     """Columns of a tile, warpgroups that multiply, steps in the ring; CTAs of a cluster, which share columns of B, or cut k; how many
     clusters there are; places for results of each warp, of 16 lines; whether warpgroups, of 64 rows each together, have tiles of 128 rows
-    apart; and which operands are turned first, to be contiguous along k."""
+    apart; and which operands are turned first, to be contiguous along k, or made `wide`: fp16, whose sums are fp32."""
 
     columns: int
     warpgroups: int
@@ -33,6 +33,7 @@ class Config(NamedTuple):
     lines: int = 1
     apart: bool = False
     turned: str = ""
+    wide: bool = False
 
     @property
     def rows(self) -> int:
@@ -52,7 +53,7 @@ class Config(NamedTuple):
             f"tile {self.rows}x{self.columns}, warpgroups {self.warpgroups}{' apart' * self.apart}, {self.stages} stages, "
             f"{self.clusters} "
             + (f"clusters of {self.cluster} {shared}" if self.cluster > 1 else "CTAs")
-            + "".join(f", {role} transposed first" for role in self.turned)
+            + "".join(f", {role} {'in fp16' if self.wide else 'transposed'} first" for role in self.turned)
         )
 
 
@@ -74,8 +75,8 @@ _NORM = 2.47
 """How what goes on at the same time adds up: as a norm of this order."""
 _LAUNCH_US = 2.93
 _TURN_US, _TURN = 2.0, 0.7
-"""To transpose an operand: the launch, and part of the read bandwidth."""
-_TRANSPOSE = struct.Struct("<5q4i")
+"""To transpose an operand, or widen it: the launch, and part of the read bandwidth."""
+_TAIL = struct.Struct("<5q4i")
 _TURN_TILE, _TURN_THREADS = 128, 256
 
 
@@ -99,10 +100,10 @@ class Hopper:
         if problem.a_scale or problem.b_scale or problem.zero:
             return "multiplies values as they are stored"
         fp8 = problem.a in FLOATS8
-        if fp8 and problem.accumulate == "fp32":
-            return "adds up fp8 products in tensor cores, which keep 14 bits"
+        if _wide(problem) and problem.scale_block:
+            return "adds up fp8 products in tensor cores, which keep 14 bits, where floats scale them along k"
         if _turned(problem) and not problem.scratch:
-            return "multiplies fp8 operands contiguous along k, and has no memory to turn others"
+            return "multiplies fp8 contiguous along k, with sums of 14 bits, and has no memory to prepare others"
         if not problem.vector or not problem.in_order or problem.k == 0:
             return "reads rows in order, in 16-byte pieces, that do not overlap"
         if problem.scale_block not in (0, 128) or (problem.scale_block and (problem.column_scales or not fp8)):
@@ -111,14 +112,13 @@ class Hopper:
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
         """The cheapest few of all that fit."""
-        turned = _turned(problem)
-        problem = _settled(problem)
-        cheapest = sorted(fitting(problem, device), key=lambda c: self.cost(problem, c._replace(turned=turned), device))[:16]
-        return tuple(c._replace(turned=turned) for c in cheapest)
+        found = (c._replace(turned=_turned(problem), wide=_wide(problem)) for c in fitting(_settled(problem), device))
+        return tuple(sorted(found, key=lambda c: self.cost(problem, c, device))[:16])
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
         """What the busiest SM multiplies, with the ends of tiles; what L2 gives, and memory; whatever takes longest, and a little for the
         others; the launch. At best products of 64 x n x 32 bytes take n / 2 clocks."""
+        problem = _settled(problem)
         bytes_each = ELEMENTS[problem.a].bits // 8
         tiles = _tiles(problem, config)
         rounds = ceil_div(tiles, config.clusters)
@@ -135,16 +135,18 @@ class Hopper:
         memory = values / (device.read_gbs * 1e3)
         longest: float = sum(us**_NORM for us in (busy / clock, l2 / clock, memory)) ** (1 / _NORM)
         rows = {"a": lines, "b": few_rows.matrices(problem) * problem.n}
-        before = sum(_TURN_US + 2 * rows[role] * problem.k / (_TURN * device.read_gbs * 1e3) for role in config.turned)
+        moved = 3 if config.wide else 2
+        before = sum(_TURN_US + moved * rows[role] * problem.k / (_TURN * device.read_gbs * 1e3) for role in config.turned)
         return _LAUNCH_US + longest + before
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
         operands, turns, used = list(_operands(call, config)), [], 0
         for i, x in enumerate(operands):
             if x.role in config.turned:
-                step, operands[i] = _transpose(x, call.k, OUT + 1 + len(call.workspaces), used)
+                prepare = _widen if config.wide else _transpose
+                step, operands[i], size = prepare(x, call, OUT + 1 + len(call.workspaces), used)
                 turns.append(step)
-                used += x.matrices * operands[i].strides[1] * x.rows
+                used += size
         if turns:
             turns[0] = turns[0]._replace(scratch=ceil_div(used, 4))
         problem = _settled(call.problem)
@@ -161,17 +163,24 @@ class Hopper:
 
 def promotes(problem: Problem) -> bool:
     """Whether sums leave the tensor cores after each step."""
-    return problem.a in FLOATS8 and (problem.scale_block > 0 or problem.accumulate == "promoted")
+    return problem.a in FLOATS8 and not _wide(problem) and (problem.scale_block > 0 or problem.accumulate == "promoted")
+
+
+def _wide(problem: Problem) -> bool:
+    """Whether sums of fp8 need more than tensor cores keep."""
+    return problem.a in FLOATS8 and problem.accumulate == "fp32"
 
 
 def _turned(problem: Problem) -> str:
-    """Operands that tensor cores cannot read as they lie."""
+    """Operands that tensor cores cannot read as they lie, or not for such sums."""
     majors = (("a", problem.a_major), ("b", problem.b_major))
-    return "".join(role for role, major in majors if major == "mn" and problem.a in FLOATS8)
+    return "".join(role for role, major in majors if problem.a in FLOATS8 and (major == "mn" or _wide(problem)))
 
 
 def _settled(problem: Problem) -> Problem:
     """With operands as the kernel reads them."""
+    if _wide(problem):
+        return problem._replace(a=FP16.name, b=FP16.name)
     return problem._replace(a_major="k", b_major="k") if problem.a in FLOATS8 else problem
 
 
@@ -259,16 +268,29 @@ def _operands(call: GemmCall, config: Config) -> tuple[_Operand, _Operand]:
     )
 
 
-def _transpose(x: _Operand, k: int, scratch: int, offset: int) -> tuple[Step, _Operand]:
-    """The launch that makes an operand of bytes contiguous along k, so many bytes behind the pointer `scratch`; and what it is then."""
+def _transpose(x: _Operand, call: GemmCall, scratch: int, offset: int) -> tuple[Step, _Operand, int]:
+    """The launch that makes an operand of bytes contiguous along k, so many behind the pointer `scratch`; what it is then; its bytes."""
     matrix, _, line = x.strides
-    pitch = ceil_div(k, 16) * 16
+    k, pitch = call.k, ceil_div(call.k, 16) * 16
     down, across = ceil_div(k, _TURN_TILE), ceil_div(x.rows, _TURN_TILE)
-    tail = _TRANSPOSE.pack(line, matrix, pitch, x.rows * pitch, offset, k, x.rows, down, across)
+    tail = _TAIL.pack(line, matrix, pitch, x.rows * pitch, offset, k, x.rows, down, across)
     smem = _TURN_TILE * _TURN_TILE + _TURN_TILE
     step = Step("transpose", (), x.matrices * down * across, _TURN_THREADS, smem, (x.pointer, scratch), (), tail)
     strides = (x.rows * pitch if matrix else 0, pitch, 1)
-    return step, x._replace(pointer=scratch, offset=offset, strides=strides, major="k")
+    return step, x._replace(pointer=scratch, offset=offset, strides=strides, major="k"), x.matrices * x.rows * pitch
+
+
+def _widen(x: _Operand, call: GemmCall, scratch: int, offset: int) -> tuple[Step, _Operand, int]:
+    """The same of one that is fp16 then, contiguous along what it was."""
+    matrix, row, step = x.strides
+    lines, length, line = (x.rows, call.k, row) if x.major == "k" else (call.k, x.rows, step)
+    pitch, pieces = ceil_div(length, 8) * 8, ceil_div(length, 16)
+    everything = x.matrices * lines * pieces
+    tail = _TAIL.pack(line, matrix, 2 * pitch, 2 * lines * pitch, offset, lines, length, pieces, everything)
+    element = ELEMENTS[call.problem.a if x.role == "a" else call.problem.b].code
+    launch = Step("widen", (("ELEMENT", element),), ceil_div(everything, _TURN_THREADS), _TURN_THREADS, 0, (x.pointer, scratch), (), tail)
+    strides = (lines * pitch if matrix else 0, *((pitch, 1) if x.major == "k" else (1, pitch)))
+    return launch, x._replace(pointer=scratch, offset=offset, strides=strides), 2 * x.matrices * lines * pitch
 
 
 def _map(x: _Operand, k: int, size: int) -> TensorMap:
