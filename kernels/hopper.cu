@@ -212,6 +212,7 @@ __device__ __forceinline__ void produce(const TensorArgs& args, Ring ring, int l
         at.wait_for_slot();
         at.advance();
     }
+    __syncwarp();
 }
 
 // By one warp: what scales the rows and columns of a tile, and is added, when those of the tile before have been used.
@@ -338,6 +339,7 @@ struct Tiles {
 // What was read from a slot may be overwritten, here and where this CTA's parts go.
 __device__ __forceinline__ void release(const Ring& ring, u32 slot, const Place& at) {
     delay();
+    if constexpr (SCALE_BLOCK != 0) __syncwarp();  // all lanes have read scales
     if constexpr (SHARE > 1) {
         if (at.lane < SHARE) mbarrier_return_remote(ring.empty(slot), at.lane);
     } else if (at.lane == 0) {
@@ -736,6 +738,7 @@ __device__ __forceinline__ void consume(const TensorArgs& args, Ring ring, const
     }
     turns.end(turn);
     if (at.lane == 0) wait_for_boxes<0>();  // lines must be there until they have been read
+    __syncwarp();
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kCluster, 1, 1) hopper(const __grid_constant__ TensorArgs args) {

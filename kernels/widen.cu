@@ -5,23 +5,23 @@
 // A thread takes 16 values of a line: 16 bytes in, 32 out. Sources begin at multiples of 16 bytes, and so do lines, of both.
 #include "common/numbers.cuh"
 
-// Python packs this struct as "<2Q5q4i".
+// Python packs this struct as "<2Q5q4I".
 struct Args {
     u64 source, target;
     i64 source_line, source_matrix, target_line, target_matrix, offset;  // bytes; offset: of the target
-    i32 lines, length, pieces, all;                                      // of a matrix; pieces of a line, and of all
+    u32 lines, length, pieces, all;                                      // of a matrix; pieces of a line, and of all
 };
 static_assert(sizeof(Args) == 72, "the host packs this layout");
 
 constexpr int kThreads = 256;
 
 extern "C" __global__ void __launch_bounds__(kThreads) widen(const __grid_constant__ Args args) {
-    const i32 number = blockIdx.x * kThreads + threadIdx.x;
+    const u32 number = blockIdx.x * kThreads + threadIdx.x;
     if (number >= args.all) return;
-    const i32 piece = number % args.pieces, line = number / args.pieces % args.lines, matrix = number / args.pieces / args.lines;
+    const i64 piece = number % args.pieces, line = number / args.pieces % args.lines, matrix = number / args.pieces / args.lines;
     const u8* source = reinterpret_cast<const u8*>(args.source) + matrix * args.source_matrix + line * args.source_line + piece * 16;
     u8* target = reinterpret_cast<u8*>(args.target) + args.offset + matrix * args.target_matrix + line * args.target_line + piece * 32;
-    const i32 count = args.length - piece * 16;
+    const i32 count = static_cast<i32>(args.length - piece * 16);
     u32 values[8];
     decode_chunk<ELEMENT, false>(count >= 16 ? load_global_16(source) : load_partial(source, count), values);
     Chunk* to = reinterpret_cast<Chunk*>(target);

@@ -278,6 +278,15 @@ def test_segments(kind: str, pair: tuple[str, str], monkeypatch: pytest.MonkeyPa
 
 
 @emulating
+def test_no_segments() -> None:
+    """Nothing to multiply, and no matrix for a tensor map of the result: zeros."""
+    x, w = np.ones((300, 64), oracles.dtype_of("bfloat16")), np.ones((2, 40, 64), oracles.dtype_of("bfloat16"))
+    with chosen(Config(32, 1, 3)), emulate() as ran:
+        out = cugemm.grouped_matmul(x, w, indptr=np.zeros(1, np.int32), backend="hopper")
+    assert "hopper" not in ran and out.shape == (300, 40) and not out.any()
+
+
+@emulating
 @pytest.mark.usefixtures("preferred")
 def test_wrong_device_values_select_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.values, "check", lambda *given: None)  # which would refuse them in host memory

@@ -57,7 +57,7 @@ def mm_fp8(
     `prepare_low_latency_gemm_weights` makes of w [n, k]. alpha: float or one element; None is 1.
     a_scale: one element, per row [m] or [m, 1], or per block [m, ceil(k/128)] or [ceil(m/128), ceil(k/128)].
     b_scale: one element, per column [n] or [1, n], or per block [ceil(k/128), n] or [ceil(k/128), ceil(n/128)]. Scales multiply.
-    accumulate: "fast", "promoted" or "fp32", the least accuracy asked for; all kernels so far give "fp32".
+    accumulate: "fast", "promoted" or "fp32", the least accuracy asked for; all kernels but hopper give "fp32".
     out_dtype: default bfloat16. backend: "trtllm_low_latency" means "auto": the shape of b says which layout it has.
     pdl, static_weights, batch_invariant: as `linear`.
     Errors and numerics: as `linear`. Source: FlashInfer `mm_fp8`, with scales and plain weights added.

@@ -76,7 +76,7 @@ _NORM = 2.47
 _LAUNCH_US = 2.93
 _TURN_US, _TURN = 2.0, 0.7
 """To transpose an operand, or widen it: the launch, and part of the read bandwidth."""
-_TAIL = struct.Struct("<5q4i")
+_TAIL = struct.Struct("<5q4I")
 _TURN_TILE, _TURN_THREADS = 128, 256
 
 
@@ -134,7 +134,7 @@ class Hopper:
         values = (lines + few_rows.matrices(problem) * problem.n) * problem.k * bytes_each + lines * problem.n * 2
         memory = values / (device.read_gbs * 1e3)
         longest: float = sum(us**_NORM for us in (busy / clock, l2 / clock, memory)) ** (1 / _NORM)
-        rows = {"a": lines, "b": few_rows.matrices(problem) * problem.n}
+        rows = {"a": lines, "b": problem.batch * problem.n}  # of all segments, if they have an expert each
         moved = 3 if config.wide else 2
         before = sum(_TURN_US + moved * rows[role] * problem.k / (_TURN * device.read_gbs * 1e3) for role in config.turned)
         return _LAUNCH_US + longest + before
@@ -151,6 +151,8 @@ class Hopper:
             turns[0] = turns[0]._replace(scratch=ceil_div(used, 4))
         problem = _settled(call.problem)
         size, most = ELEMENTS[problem.a].bits // 8, _tiles(problem._replace(m=call.m, batch=call.batch), config, most=True)
+        if not call.batch or not call.experts:
+            most = 0  # nobody asks for a row, and TMA knows no array without matrices
         clusters = most if config.split > 1 else min(most, config.clusters)
         maps = (*(_map(x, call.k, size) for x in operands), _out_map(call))
         pdl = "" if turns else problem.pdl  # what is turned comes from the launch ahead
