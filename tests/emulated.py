@@ -144,7 +144,7 @@ def emulated(target: str = "sm_90a", tile: int | None = None, seed: int = 1, eag
                 scratch.append(np.full(step.scratch, np.nan, np.float32))
         table += [*made, *(x.ctypes.data for x in scratch)]
         values = [view if isinstance(view, float) else 1.0 for view in views]
-        early = {B, B_SCALE} if getattr(config, "pdl", choice.problem.pdl) == "static" else set()
+        early = {B, B_SCALE} if getattr(config, "pdl", getattr(choice.problem, "pdl", "")) == "static" else set()
         arrays = [view for position, view in enumerate(views) if isinstance(view, View) and position not in early]
         late = tuple((view.ptr, view.span()) for view in (*arrays, *outputs))
         late += tuple((x.ctypes.data, x.nbytes) for x in scratch)

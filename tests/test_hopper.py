@@ -114,18 +114,23 @@ TRANSPOSED = (
 )
 
 
+def laid(pair: formats.Pair, turned: str) -> tuple[Any, Any]:
+    """Its operands as matmul takes them; those of the roles in `turned` contiguous along m or n."""
+    a, b = (
+        x._replace(data=np.ascontiguousarray(x.data.swapaxes(-1, -2)).swapaxes(-1, -2)) if role in turned else x
+        for role, x in zip("ab", pair[:2], strict=True)
+    )
+    x, w = operand(a), operand(b)
+    return x, w.T if isinstance(w, Quantized) else w.swapaxes(-1, -2)
+
+
 @emulating
 @pytest.mark.parametrize("number", range(len(TRANSPOSED)))
 def test_fp8_contiguous_along_m_or_n(number: int) -> None:
     """Transposed by a launch ahead, which explain shows."""
     *kinds, (m, n, k), turned, config, batch = TRANSPOSED[number]
     pair = formats.make(number, m, n, k, *kinds, exact=True, batch=batch)
-    a, b = (
-        x._replace(data=np.ascontiguousarray(x.data.swapaxes(-1, -2)).swapaxes(-1, -2)) if role in turned else x
-        for role, x in zip("ab", pair[:2], strict=True)
-    )
-    x, w = operand(a), operand(b)
-    w = w.T if isinstance(w, Quantized) else w.swapaxes(-1, -2)
+    x, w = laid(pair, turned)
     with chosen(Config(*config, turned=turned)), emulate(seed=number, eager=number % 2 == 0) as ran:
         out = cugemm.matmul(x, w, backend="hopper")
     assert ran == ["transpose"] * len(turned) + ["hopper"]
@@ -147,12 +152,7 @@ def test_fp8_with_sums_of_fp32(number: int) -> None:
     *kinds, (m, n, k), turned, config, batch = WIDENED[number]
     for exact in (True, False):
         pair = formats.make(number, m, n, k, *kinds, exact=exact, batch=batch)
-        a, b = (
-            x._replace(data=np.ascontiguousarray(x.data.swapaxes(-1, -2)).swapaxes(-1, -2)) if role in turned else x
-            for role, x in zip("ab", pair[:2], strict=True)
-        )
-        x, w = operand(a), operand(b)
-        w = w.T if isinstance(w, Quantized) else w.swapaxes(-1, -2)
+        x, w = laid(pair, turned)
         with chosen(Config(*config, turned="ab", wide=True)), emulate(seed=number, eager=exact) as ran:
             out = cugemm.matmul(x, w, out_dtype="float32", backend="hopper", accumulate="fp32")
         assert ran == ["widen", "widen", "hopper"]
