@@ -14,7 +14,7 @@
 //
 // Not handled: operands of different sizes, scales inside of values, gathered rows, fp8 contiguous along m or n (wgmma has none;
 // transpose.cu comes first).
-// Learned from: fast.cu (roles, patches), DeepGEMM (promotion of block-scaled sums), CUTLASS (descriptors, multicast).
+// Learned from: DeepGEMM (roles, promotion of block-scaled sums), CUTLASS (descriptors, multicast).
 #include "common/args.cuh"
 #include "common/delay.cuh"
 #include "common/epilogue.cuh"

@@ -131,13 +131,16 @@ def forget() -> None:
 
 
 @contextmanager
-def planned(tile: int | None = None, target: str = "native") -> Iterator[None]:
-    """Inside, products take the config number `tile` of their kernel instead of the cheapest, compiled for `target`."""
+def planned(tile: int | None = None, target: str = "native", ranked: select.Ranked | None = None) -> Iterator[None]:
+    """Inside, products take the config number `tile` of their kernel instead of the cheapest, or just `ranked`, compiled for `target`."""
     choose, machine = select.choose, launch.machine
 
     def chosen(problem: Any, device: Any) -> Any:
+        multiplies = hasattr(problem, "scale_block")
+        if ranked is not None and multiplies:
+            return select.Choice(problem, (ranked,), ())
         found = choose(problem, device)
-        if tile is None or not hasattr(problem, "scale_block"):
+        if tile is None or not multiplies:
             return found
         configs = found.best.kernel.candidates(problem, device)
         best = next(r for r in found.ranking if r.config == configs[tile % len(configs)])

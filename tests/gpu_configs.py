@@ -8,14 +8,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gpu_arrays
+import gpu_formats
 import ml_dtypes
 
 from cugemm import arch, cases, compile, launch, measure, records, select
@@ -55,29 +52,6 @@ def tried(call: GemmCall, each: int) -> list[Config]:
     return list(dict.fromkeys([*ranked[:each], *kinds.values()]))
 
 
-def build(job: tuple[str, tuple[tuple[str, int], ...]]) -> None:
-    compile.cubin(job[0], arch.get("sm_90a"), dict(job[1]))
-
-
-@contextmanager
-def forced(config: Config) -> Iterator[None]:
-    """Inside, products take this config."""
-    choose = select.choose
-
-    def chosen(problem: Any, device: Any) -> Any:
-        if not hasattr(problem, "scale_block"):
-            return choose(problem, device)
-        return select.Choice(problem, (select.Ranked(hopper.KERNEL, config, 0.0),), ())
-
-    gpu_arrays.forget()
-    select.choose = chosen
-    try:
-        yield
-    finally:
-        select.choose = choose
-        gpu_arrays.forget()
-
-
 def times(name: str, m: int, n: int, k: int, configs: list[Config]) -> tuple[float, list[float]]:
     """us of torch's product, and of each config."""
     import cupy
@@ -92,7 +66,7 @@ def times(name: str, m: int, n: int, k: int, configs: list[Config]) -> tuple[flo
     x, weights = case.activation(values(m)), [case.weight(values(n)) for _ in range(copies)]
     graphs: dict[str, measure.Graph] = {}
     for i, config in enumerate(configs):
-        with forced(config):
+        with gpu_arrays.planned(ranked=select.Ranked(hopper.KERNEL, config, 0.0)):
             graphs[str(i)] = measure.graph(measure.CupyGraph, lambda turn: case.product(x, weights[turn % copies]), copies)
     peer = case.baselines[0]
     graphs[peer] = measure.graph(measure.TorchGraph, measure.torch_baseline(peer, m, n, k, copies), copies)
@@ -110,14 +84,13 @@ def main() -> None:
     calls = {product: asked(*product) for product in work}
     configs = {product: tried(call, args.each) for product, call in calls.items()}
     jobs = {
-        (step.source, step.defines)
+        (step.source, step.defines): compile.Job(step.source, arch.get("sm_90a"), dict(step.defines))
         for product, call in calls.items()
         for config in configs[product]
         for step in hopper.KERNEL.steps(call, config)
         if isinstance(step, Step)
     }
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(build, jobs))
+    gpu_formats.compiled(jobs)
 
     known: dict[tuple[Any, ...], int] = {}
     rows = []

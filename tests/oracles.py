@@ -299,7 +299,7 @@ PER_PRODUCT = 1.5
 the last place of the largest (toward zero, at least 24 bits kept) and so is the sum: (w + 2) / w per product, w >= 4 since Volta."""
 
 NARROW = 2.0**-13
-"""The last place that these sums keep, of the largest term (measured: 1 + 2^-13 counts, 1 + 2^-14 does not, in any position)."""
+"""The last place that fp8 tensor cores keep, of the largest term (measured: 1 + 2^-13 counts, 1 + 2^-14 does not, in any position)."""
 
 
 def error_bound(case: Case, dtype: str, narrow: bool = False) -> Array:

@@ -144,9 +144,9 @@ class Hopper:
         for i, x in enumerate(operands):
             if x.role in config.turned:
                 prepare = _widen if config.wide else _transpose
-                step, operands[i], size = prepare(x, call, OUT + 1 + len(call.workspaces), used)
+                step, operands[i], taken = prepare(x, call, OUT + 1 + len(call.workspaces), used)
                 turns.append(step)
-                used += size
+                used += taken
         if turns:
             turns[0] = turns[0]._replace(scratch=ceil_div(used, 4))
         problem = _settled(call.problem)

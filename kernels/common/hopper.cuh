@@ -40,7 +40,8 @@ __device__ __forceinline__ void mbarrier_wait_cluster(u32 barrier, u32 parity) {
         : "memory");
 }
 
-// One of the barriers 1 .. 15 of a CTA for some of its threads, whole warps: `threads` in all come, of which those that only arrive go on at once.
+// One of the barriers 1 .. 15 of a CTA for some of its threads, whole warps: kThreads in all come, of which those that only arrive go on at
+// once. All lanes of a warp come together.
 template <int kThreads>
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     static_assert(kThreads % 32 == 0);
@@ -88,7 +89,7 @@ __device__ __forceinline__ u64 swizzled_descriptor(u32 shared, u32 mn_bytes) {
 }
 
 // TMA (PTX 9.7.9.27): one thread asks for a box of a tensor, whose bytes a barrier counts as they arrive; zeros from outside the tensor.
-struct alignas(64) TensorMap {  // the driver encodes it (cugemm/tensormap.py)
+struct alignas(64) TensorMap {  // the driver encodes it (cugemm/driver.py)
     u8 opaque[128];
 };
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
