@@ -7,7 +7,7 @@
 //   apart     two warpgroups work together at a tile, or, APART, each at its own of 128 rows, in turns
 //   clusters  SHARE CTAs have successive row tiles and the same columns of B: each brings a part of those, for all of them
 //   k         or SPLIT CTAs of a cluster cut k, where tiles are few; then each stores some columns, and has one tile
-//   sums      stay in the tensor cores, or with PROMOTE those of 128 bytes along k are added up outside; SCALE_BLOCK: scaled by floats then
+//   sums      stay in the tensor cores, or with PROMOTE those of 128 bytes along k are added up outside, in fp32; SCALE_BLOCK: scaled first
 //   shared    STAGES x (tile of A, tile of B), swizzled | LINES x 16 lines of results for each warp, which TMA stores | what scales columns,
 //             and is added; what scales rows; STAGES x scales of a step | barriers
 //   launch    B of the first steps comes, or is prefetched, before the kernel ahead has ended, if the host says so
@@ -168,25 +168,32 @@ __device__ __forceinline__ void for_tiles(const Args& args, int rank, Each each)
     for (u32 number = blockIdx.x / kCluster; number < tiles; number += clusters) each(work_of(args, number, rank));
 }
 
+// Rows of A that TMA brings: of those past the last one, which it would fill with zeros, slowly, none where a tile is higher than A.
+__device__ __forceinline__ i32 rows_of_a(const Args& args) { return A_MAJOR ? kBlockM : smaller(kBlockM, ceil_div(args.m, 8) * 8); }
+
+// Columns of B from k on, the first that a slot gets, or to L2.
+template <bool kPrefetch>
+__device__ __forceinline__ void bring_columns(const TensorArgs& args, const Ring& to, const Work& work, i32 k, int rank) {
+    if constexpr (!kPrefetch) mbarrier_arrive_expecting(to.full(to.slot), kBytesB + rows_of_a(args) * 128);
+    const i32 expert = args.b_batch ? work.expert : 0;
+    bring<B_MAJOR, BLOCK_N, SHARE, kPrefetch>(args.b_map, to.b(), work.column_begin, k, expert, to.full(to.slot), rank);
+}
+
 // By one warp, whose first lane brings.
 __device__ __forceinline__ void produce(const TensorArgs& args, Ring ring, int lane, int rank) {
     const Steps steps(args, rank);
     Filling at{ring};
-    const auto bring_b = [&](const Ring& to, const Work& work, i32 step) {
-        const i32 k = (steps.first + step) * kStepValues, expert = args.b_batch ? work.expert : 0;
-        mbarrier_arrive_expecting(to.full(to.slot), kStage);
-        bring<B_MAJOR, BLOCK_N, SHARE>(args.b_map, to.b(), work.column_begin, k, expert, to.full(to.slot), rank);
-    };
     i32 early = 0;                                                        // steps whose columns have been asked for
     if (args.early != 0 && !GROUPED && args.grouped == 0 && lane == 0) {  // which do not depend on the kernel ahead; counts may
         const Work work = work_of(args, blockIdx.x / kCluster, rank);
-        const i32 expert = args.b_batch ? work.expert : 0, first = smaller(steps.count, STAGES);
+        const i32 first = smaller(steps.count, STAGES);
         Ring to = ring;
         for (i32 step = 0; step < first; ++step, to.advance()) {
+            const i32 k = (steps.first + step) * kStepValues;
             if (args.early == 2)
-                bring_b(to, work, step);
+                bring_columns<false>(args, to, work, k, rank);
             else
-                bring<B_MAJOR, BLOCK_N, SHARE, true>(args.b_map, 0, work.column_begin, (steps.first + step) * kStepValues, expert, 0, rank);
+                bring_columns<true>(args, to, work, k, rank);
         }
         if (args.early == 2) early = first;
     }
@@ -199,7 +206,7 @@ __device__ __forceinline__ void produce(const TensorArgs& args, Ring ring, int l
             for (i32 step = 0; step < steps.count; ++step) {
                 const i32 k = (steps.first + step) * kStepValues;
                 at.wait_for_slot();
-                if (step >= early) bring_b(at.ring, work, step);
+                if (step >= early) bring_columns<false>(args, at.ring, work, k, rank);
                 bring<A_MAJOR, kBlockM, 1>(args.a_map, at.ring.a(), work.row_begin, k, batch, at.ring.full(at.ring.slot), rank);
                 at.advance();
             }
@@ -432,7 +439,8 @@ struct StepScales {
 // Sums leave the tensor cores after each step, in two lots of columns: while one is added up, the other one, or the first one of the next
 // step, is being multiplied. NOTE: but for the last of kSteps, since the compiler follows products through straight code alone.
 struct Promotion {
-    static constexpr int kFirst = (kBlocks / 2 + 1) / 2 * 2, kSecond = kBlocks - kFirst;  // blocks: of the lots
+    static constexpr int kFirst = B_MAJOR ? kBlocks : (kBlocks / 2 + 1) / 2 * 2;  // blocks of a lot; panels of B are not divided
+    static constexpr int kSecond = kBlocks - kFirst;
     StepScales scales;
 
     template <int kSteps>
@@ -514,9 +522,10 @@ struct Store {
           by_column(scaled_by_column(args)) {
         const bool whole = args.out_type != kFp32 && args.out_column == 1 && args.out_row > 0 && args.out_batch >= 0 &&
                            args.bias_row == 0 && (args.out | (args.out_row | args.out_batch) * 2) % 16 == 0;
-        bool boxes = false;  // TMA does not know where a segment ends
+        bool boxes = false;  // TMA does not know where a segment ends, and writes whole 16 bytes of a row
         if constexpr (kCount >= 8) {
-            boxes = whole && (work.row_end == args.m || work.row_end >= row + 16);
+            boxes = whole && (work.row_end == args.m || work.row_end >= row + 16) &&
+                    (args.n % 8 == 0 || work.column_begin + first + kCount * 8 <= args.n);
             if (boxes) store_boxes();
         }
         if (!boxes) {

@@ -23,7 +23,7 @@ from cugemm.arrays import View, dense_strides
 from cugemm.catalog import Step, hopper, portable, skinny, swap_ab
 from cugemm.compile import Job
 from cugemm.conversion import QuantizeOptions
-from cugemm.problem import OPS, GemmCall, GemmOptions, Problem
+from cugemm.problem import ACCUMULATE, OPS, GemmCall, GemmOptions, Problem
 from cugemm.rowwise import RowsOptions
 from cugemm.scales import block_counts
 
@@ -243,6 +243,7 @@ def few_rows_cover(name: str, target: str) -> tuple[tuple[Problem, Any], ...]:
 HOPPER_PAIRS = (
     *((e, e, a_major, b_major) for e, a_major, b_major in itertools.product(("bf16", "fp16"), ("k", "mn"), ("k", "mn"))),
     *((a, b, "k", "k") for a, b in itertools.product(("e4m3", "e5m2"), repeat=2)),
+    *(("e4m3", "e5m2", *majors) for majors in (("k", "mn"), ("mn", "k"), ("mn", "mn"))),  # read so in fp16 only
 )
 MOST_HOPPER = 80
 
@@ -252,14 +253,16 @@ def hopper_pool() -> tuple[tuple[tuple[Problem, hopper.Config], frozenset[Any]],
     """Every build that any shape could ask for, and every two values of what its macros say."""
     found: dict[Any, tuple[Problem, hopper.Config]] = {}
     shapes = tuple(itertools.product((64, 200, 4096), (96, 2112, 8192), (512, 16384)))
-    for (a, b, a_major, b_major), block, accumulate in itertools.product(HOPPER_PAIRS, (0, 128), ("fast", "promoted")):
+    for (a, b, a_major, b_major), block, accumulate in itertools.product(HOPPER_PAIRS, (0, 128), ACCUMULATE):
         question = Choice("sm_90a", (a, b), 0, a_major, b_major, True, block).question()
-        question = question._replace(backend="hopper", accumulate=accumulate, in_order=True)
+        question = question._replace(backend="hopper", accumulate=accumulate, in_order=True, scratch=True)
         if hopper.KERNEL.refuse(question) is None:
             for m, n, k in shapes:
                 asked = question._replace(m=m, n=n, k=k, grouped=n == 96, batch=3 if n == 96 else 1)
-                for config in hopper.fitting(asked, arch.H100):
-                    found.setdefault(hopper._defines(asked, config), (asked, config))
+                read = hopper._settled(asked)
+                for config in hopper.fitting(read, arch.H100):
+                    whole = config._replace(turned=hopper._turned(asked), wide=hopper._wide(asked))
+                    found.setdefault(hopper._defines(read, config), (asked, whole))
     return tuple(
         (choice, frozenset(itertools.combinations(((name, value) for name, value in defines if name not in ("A_SCALE", "B_SCALE")), 2)))
         for defines, choice in found.items()
@@ -304,9 +307,9 @@ def jobs_of(target: str) -> list[Job]:
             for step in kernel.steps(template._replace(problem=question), few):
                 add(step)
     for question, many in hopper_cover() if target == "sm_90a" else ():
-        for first in ({"turned": "b"}, {"turned": "b", "wide": True}) if question.b in ("e4m3", "e5m2") else ({},):
-            for step in hopper.KERNEL.steps(template._replace(problem=question), many._replace(**first)):
-                add(step)
+        turned = "b" if question.b in ("e4m3", "e5m2") else ""
+        for step in hopper.KERNEL.steps(template._replace(problem=question), many._replace(turned=many.turned or turned)):
+            add(step)
     for call in layer_calls():
         question = call.problem._replace(arch=target)
         best = select.choose(question, DEVICES[target]).best
@@ -357,7 +360,7 @@ def test_the_cover_of_few_rows(name: str, target: str) -> None:
 
 def test_the_cover_of_hopper() -> None:
     """Both ways to add up, every operand type and major, every way to cut the work, warpgroups together and apart."""
-    defines = [dict(hopper._defines(*row)) for row in hopper_cover()]
+    defines = [dict(hopper._defines(hopper._settled(question), config)) for question, config in hopper_cover()]
     assert len(defines) <= MOST_HOPPER
     assert {d["BLOCK_N"] for d in defines} == set(range(16, 257, 16))
     assert {(d["WARPGROUPS"], d["APART"]) for d in defines} == {(1, 0), (2, 0), (2, 1)}

@@ -164,12 +164,12 @@ class Hopper:
 
 
 def promotes(problem: Problem) -> bool:
-    """Whether sums leave the tensor cores after each step."""
-    return problem.a in FLOATS8 and not _wide(problem) and (problem.scale_block > 0 or problem.accumulate == "promoted")
+    """Whether sums leave the tensor cores after each step. Problems are settled."""
+    return problem.scale_block > 0 or problem.accumulate == "promoted"
 
 
 def _wide(problem: Problem) -> bool:
-    """Whether sums of fp8 need more than tensor cores keep."""
+    """Whether sums of fp8 are to be as good as fp32's."""
     return problem.a in FLOATS8 and problem.accumulate == "fp32"
 
 
@@ -180,10 +180,12 @@ def _turned(problem: Problem) -> str:
 
 
 def _settled(problem: Problem) -> Problem:
-    """With operands as the kernel reads them."""
+    """With operands as the kernel reads them, and sums as it makes them."""
     if _wide(problem):
-        return problem._replace(a=FP16.name, b=FP16.name)
-    return problem._replace(a_major="k", b_major="k") if problem.a in FLOATS8 else problem
+        return problem._replace(a=FP16.name, b=FP16.name, accumulate="promoted")
+    if problem.a in FLOATS8:
+        return problem._replace(a_major="k", b_major="k")
+    return problem._replace(accumulate="fast")
 
 
 def fitting(problem: Problem, device: Device) -> list[Config]:
@@ -265,7 +267,7 @@ def _operands(call: GemmCall, config: Config) -> tuple[_Operand, _Operand]:
     problem = call.problem
     matrices = (call.batch if call.a_strides[0] else 1), (call.experts if call.segments else call.batch) if call.b_strides[0] else 1
     return (
-        _Operand("a", A, 0, call.a_rows, matrices[0], call.a_strides, problem.a_major, config.rows, 1),
+        _Operand("a", A, 0, call.a_rows, matrices[0], call.a_strides, problem.a_major, min(config.rows, ceil_div(call.m, 8) * 8), 1),
         _Operand("b", B, 0, call.n, matrices[1], call.b_strides, problem.b_major, config.columns, config.share),
     )
 

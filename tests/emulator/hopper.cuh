@@ -95,6 +95,7 @@ inline void ask(const Box& b) {
 }
 
 // Boxes on their way to tensors: what products see of shared memory, when the thread that asked waits for it to be read; never, if none does.
+// The piece of 16 bytes in which a row of the tensor ends is written whole, zeros behind its end: as seen on an H100, PTX does not say.
 struct Sent {
     TensorMap map;
     u32 from, group;
@@ -108,11 +109,14 @@ inline void write(const Sent& s) {
     for (i64 y = 0; y < s.map.box[1]; ++y)
         for (i64 x = 0; x < s.map.box[0]; ++x) {
             const i64 to[3] = {s.to[0] + x, s.to[1] + y, s.to[2]};
+            const i64 whole = (s.map.size[0] * s.map.bytes + 15) / 16 * 16 / s.map.bytes,
+                      size[3] = {whole, i64(s.map.size[1]), i64(s.map.size[2])};
             bool inside = true;
-            for (int axis = 0; axis < 3; ++axis) inside &= to[axis] >= 0 && to[axis] < i64(s.map.size[axis]);
+            for (int axis = 0; axis < 3; ++axis) inside &= to[axis] >= 0 && to[axis] < size[axis];
             const u64 address = s.map.address + to[2] * s.map.pitch[1] + to[1] * s.map.pitch[0] + to[0] * s.map.bytes;
             const u32 from = swizzled(s.from + y * line + x * s.map.bytes);
-            if (inside) memcpy(reinterpret_cast<void*>(address), view[self->cta] + from, s.map.bytes);
+            const unsigned char zeros[8] = {};
+            if (inside) memcpy(reinterpret_cast<void*>(address), to[0] < i64(s.map.size[0]) ? view[self->cta] + from : zeros, s.map.bytes);
         }
 }
 inline void write_groups(u32 end) {
