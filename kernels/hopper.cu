@@ -303,8 +303,7 @@ __device__ __forceinline__ void produce_scales(const Args& args, Ring ring, int 
 using Sums = float[kWaves][kBlocks][4];  // [..][2 r + c]: row g + 8 r of the warp's 16, column 2 t + c of the block
 
 // Products of 32 bytes along k.
-template <int kCount>
-__device__ __forceinline__ void multiply_async(float (&sum)[kCount][4], u64 a, u64 b, bool add) {
+__device__ __forceinline__ void multiply_async(float (&sum)[kBlocks][4], u64 a, u64 b, bool add) {
     if constexpr (A_ELEMENT == kBf16)
         wgmma_bf16<A_MAJOR, B_MAJOR>(sum, a, b, add);
     else if constexpr (A_ELEMENT == kFp16)
@@ -320,25 +319,25 @@ __device__ __forceinline__ void multiply_async(float (&sum)[kCount][4], u64 a, u
 }
 
 // NOTE: the compiler takes sums for settled as soon as the product is asked for, unless they are used behind the wait.
-template <int kCount>
-__device__ __forceinline__ void keep(float (&sum)[kCount][4]) {
+__device__ __forceinline__ void keep(float (&sum)[kBlocks][4]) {
 #pragma unroll
-    for (int i = 0; i < kCount * 4; ++i) wgmma_keep(sum[i / 4][i % 4]);
+    for (int i = 0; i < kBlocks * 4; ++i) wgmma_keep(sum[i / 4][i % 4]);
 }
 
-// Descriptors of a step's tiles, for the rows of this warpgroup.
+// Where a step's tiles are, for the rows of this warpgroup, in pieces of 16 bytes.
 struct Tiles {
-    u64 a, b;
+    u32 a, b;
 
     __device__ __forceinline__ Tiles(const Ring& ring, int warpgroup)
-        : a(swizzled_descriptor(ring.a(), kPanel) + warpgroup * (kWaves * 64 * 128 / 16)), b(swizzled_descriptor(ring.b(), kPanel)) {}
-    // Begins the products of a step, of blocks `first` and those behind it; unless `add`, sums begin again.
-    template <int kCount>
-    __device__ __forceinline__ void multiply(float (&sum)[kCount][4], int wave, int first, bool add) const {
+        : a(ring.first / 16 + ring.slot * (kStage / 16) + warpgroup * (kWaves * 64 * 128 / 16)),
+          b((ring.first + kBytesA) / 16 + ring.slot * (kStage / 16)) {}
+    // Begins the products of a step; unless `add`, sums begin again.
+    __device__ __forceinline__ void multiply(float (&sum)[kBlocks][4], int wave, bool add) const {
         constexpr int kNextA = (A_MAJOR ? 16 * 128 : 32) / 16, kNextB = (B_MAJOR ? 16 * 128 : 32) / 16;
 #pragma unroll
         for (int p = 0; p < 4; ++p)
-            multiply_async(sum, a + wave * (64 * 128 / 16) + p * kNextA, b + first * (8 * 128 / 16) + p * kNextB, p > 0 || add);
+            multiply_async(sum, swizzled_descriptor(a + wave * (64 * 128 / 16) + p * kNextA, kPanel),
+                           swizzled_descriptor(b + p * kNextB, kPanel), p > 0 || add);
         wgmma_commit();
     }
 };
@@ -383,7 +382,7 @@ __device__ __forceinline__ void multiply_all(Sums& sum, Ring& ring, const Place&
         const Tiles tiles(ring, at.warpgroup() % kTogether);
         wgmma_fence();
 #pragma unroll
-        for (int wave = 0; wave < kWaves; ++wave) tiles.multiply(sum[wave], wave, 0, true);
+        for (int wave = 0; wave < kWaves; ++wave) tiles.multiply(sum[wave], wave, true);
         wgmma_wait<kWaves>();
         if (step > 0) release(ring, before, at);
         before = ring.slot;
@@ -396,100 +395,63 @@ __device__ __forceinline__ void multiply_all(Sums& sum, Ring& ring, const Place&
     release(ring, before, at);
 }
 
-// Floats that scale the sums of a step.
+// What scales the sums of a step: [row g, row g + 8][of the first block of columns, of the second].
+struct Factors {
+    float of[2][2];
+};
 struct StepScales {
     static constexpr int kAlike = smaller(128, BLOCK_N & -BLOCK_N);  // columns that are in one block in any tile
     static constexpr bool kOne = kAlike == BLOCK_N;                  // block in a tile, else up to two
     i32 border;                                                      // columns of the first block
-    float a[2], b[2];
 
     __device__ __forceinline__ StepScales(const Args& args, const Work& work) {
         const i32 rows = SCALE_BLOCK == 0 ? 1 : args.b_scales.rows;
         border = (work.column_begin / rows + 1) * rows - work.column_begin;
     }
-    __device__ __forceinline__ void read(u32 scales, const Place& at) {
-        if constexpr (SCALE_BLOCK == 0) return;
+    static __device__ __forceinline__ Factors read(u32 scales, const Place& at) {
+        Factors factors;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) a[i] = load_shared_float(scales + (at.row_in_tile(0) + i * 8) * 4);
-        b[0] = load_shared_float(scales + kBlockM * 4), b[1] = load_shared_float(scales + kBlockM * 4 + 4);
+        for (int i = 0; i < 4 && SCALE_BLOCK != 0; ++i)
+            factors.of[i / 2][i % 2] =
+                load_shared_float(scales + (at.row_in_tile(0) + i / 2 * 8) * 4) * load_shared_float(scales + (kBlockM + i % 2) * 4);
+        return factors;
     }
-    // To blocks `first` and those behind it.
-    template <int kCount>
-    __device__ __forceinline__ void add(float (&sum)[kBlocks][4], int first, const float (&part)[kCount][4]) const {
-        float factor[2][2], f[2];
+    __device__ __forceinline__ void add(float (&sum)[kBlocks][4], const float (&part)[kBlocks][4], const Factors& factors) const {
+        float f[2];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) factor[i / 2][i % 2] = a[i / 2] * b[i % 2];
-#pragma unroll
-        for (int j = first; j < first + kCount; ++j) {
-            if (j == first || j * 8 % kAlike == 0) {
+        for (int j = 0; j < kBlocks; ++j) {
+            if (j * 8 % kAlike == 0) {
                 const bool second = !kOne && j * 8 >= border;
-                f[0] = second ? factor[0][1] : factor[0][0], f[1] = second ? factor[1][1] : factor[1][0];
+                f[0] = second ? factors.of[0][1] : factors.of[0][0], f[1] = second ? factors.of[1][1] : factors.of[1][0];
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 if constexpr (SCALE_BLOCK != 0)
-                    sum[j][i] += f[i / 2] * part[j - first][i];
+                    sum[j][i] += f[i / 2] * part[j][i];
                 else
-                    sum[j][i] += part[j - first][i];
+                    sum[j][i] += part[j][i];
             }
         }
     }
 };
 
-// Sums leave the tensor cores after each step, in two lots of columns: while one is added up, the other one, or the first one of the next
-// step, is being multiplied. NOTE: but for the last of kSteps, since the compiler follows products through straight code alone.
-struct Promotion {
-    static constexpr int kFirst = B_MAJOR ? kBlocks : (kBlocks / 2 + 1) / 2 * 2;  // blocks of a lot; panels of B are not divided
-    static constexpr int kSecond = kBlocks - kFirst;
-    StepScales scales;
-
-    template <int kSteps>
-    __device__ __forceinline__ void steps(Sums& sum, Ring& ring, const Place& at) {
-        float first[kFirst][4], second[larger(kSecond, 1)][4];
-        multiply_first(first, ring, at);
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-            if constexpr (kSecond > 0) {
-                wgmma_fence();
-                tiles(ring, at).multiply(second, 0, kFirst, false);
-            }
-            scales.read(ring.scales(), at);
-            wgmma_wait<(kSecond > 0)>();
-            keep(first);
-            scales.add(sum[0], 0, first);
-            const u32 before = ring.slot;
-            ring.advance();
-            if (step + 1 < kSteps) {
-                multiply_first(first, ring, at);
-                wgmma_wait<1>();
-            } else {
-                wgmma_wait<0>();
-            }
-            release(ring, before, at);
-            if constexpr (kSecond > 0) {
-                keep(second);
-                scales.add(sum[0], kFirst, second);
-            }
-        }
-    }
-
-  private:
-    static __device__ __forceinline__ Tiles tiles(const Ring& ring, const Place& at) { return Tiles(ring, at.warpgroup() % kTogether); }
-    static __device__ __forceinline__ void multiply_first(float (&first)[kFirst][4], const Ring& ring, const Place& at) {
+// Sums leave the tensor cores after each step. While those of one warpgroup are added up, the other one multiplies.
+__device__ __forceinline__ void multiply_promoted(Sums& sum, Ring& ring, const Args& args, const Work& work, const Place& at, i32 steps) {
+    const StepScales scales(args, work);
+#pragma unroll 1
+    for (i32 step = 0; step < steps; ++step) {
+        float part[kBlocks][4];
         mbarrier_wait(ring.full(ring.slot), ring.phase);
         wgmma_fence();
-        tiles(ring, at).multiply(first, 0, 0, false);
+        Tiles(ring, at.warpgroup() % kTogether).multiply(part, 0, false);
+        wgmma_wait<1>();  // NOTE: for nothing, but that the compiler has scales waited for behind the products, not among them
+        const Factors factors = StepScales::read(ring.scales(), at);
+        wgmma_wait<0>();
+        keep(part);
+        release(ring, ring.slot, at);
+        ring.advance();
+        scales.add(sum[0], part, factors);
     }
-};
-
-__device__ __forceinline__ void multiply_promoted(Sums& sum, Ring& ring, const Args& args, const Work& work, const Place& at, i32 steps) {
-    constexpr int kAtOnce = 4;
-    Promotion promotion{StepScales(args, work)};
-    i32 step = 0;
-#pragma unroll 1
-    for (; step + kAtOnce <= steps; step += kAtOnce) promotion.steps<kAtOnce>(sum, ring, at);
-#pragma unroll 1
-    for (; step < steps; ++step) promotion.steps<1>(sum, ring, at);
 }
 
 // Results -------------------------------------------------------------------------------------------------------------------------

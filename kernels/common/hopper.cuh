@@ -84,8 +84,9 @@ __device__ __forceinline__ u64 matrix_descriptor(u32 shared, u32 k_bytes, u32 ro
 
 // Of a tile that TMA laid down with 128-byte swizzle, from a multiple of 1024 bytes on. Contiguous along k: rows of 128 bytes; the next 32
 // bytes of k are 32 bytes on. Contiguous along m or n: 64 values of each k, the next 64 `mn_bytes` on; the next 16 k are 2048 bytes on.
-__device__ __forceinline__ u64 swizzled_descriptor(u32 shared, u32 mn_bytes) {
-    return (shared & 0x3FFFF) >> 4 | static_cast<u64>(mn_bytes >> 4) << 16 | 64ull << 32 | 1ull << 62;
+// pieces: its address / 16.
+__device__ __forceinline__ u64 swizzled_descriptor(u32 pieces, u32 mn_bytes) {
+    return pieces + (mn_bytes >> 4 << 16) | (64ull | 1ull << 30) << 32;
 }
 
 // TMA (PTX 9.7.9.27): one thread asks for a box of a tensor, whose bytes a barrier counts as they arrive; zeros from outside the tensor.

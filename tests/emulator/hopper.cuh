@@ -283,9 +283,9 @@ inline u64 matrix_descriptor(u32 shared, u32 k_bytes, u32 rows_bytes) {
     if (any % 16 || any > 0x3FFFF) emulator::fail("a descriptor cannot hold bytes", any);
     return shared >> 4 | static_cast<u64>(k_bytes >> 4) << 16 | static_cast<u64>(rows_bytes >> 4) << 32;
 }
-inline u64 swizzled_descriptor(u32 shared, u32 mn_bytes) {
-    if (shared % 1024) emulator::fail("a swizzled tile is not aligned, at", shared);
-    return matrix_descriptor(shared, mn_bytes, 1024) | 1ull << 62;
+inline u64 swizzled_descriptor(u32 pieces, u32 mn_bytes) {
+    if (pieces * 16 % 1024 >= 128) emulator::fail("a swizzled tile is not aligned, at", pieces * 16);
+    return matrix_descriptor(pieces * 16, mn_bytes, 1024) | 1ull << 62;
 }
 
 #define PRODUCTS_OF_REGISTERS(name, decode)                                                           \
