@@ -167,9 +167,11 @@ def test_support_is_asked_of_the_api_and_the_kernels() -> None:
         "a, b ->", "bf16", "fp16", "e4m3", "e5m2", "mxfp8", "mxfp8_e5m2", "e2m1", "mxfp4", "nvfp4", "int8", "int4", "uint4"
     )  # fmt: skip
     assert [row[0] for row in found.rows[1:]] == list(found.rows[0][1:])
-    cells = {row[0]: set(row[1:]) for row in found.rows[1:]}
-    assert cells.pop("uint4") == {"-"}
-    assert all(cell == {"portable"} for cell in cells.values())
+    cells = {(row[0], b): cell for row in found.rows[1:] for b, cell in zip(found.rows[0][1:], row[1:], strict=True)}
+    assert {a for (a, _), cell in cells.items() if cell == "-"} == {"uint4"}
+    hopper = {("bf16", "bf16"), ("fp16", "fp16"), *itertools.product(("e4m3", "e5m2"), repeat=2)}
+    assert {pair for pair, cell in cells.items() if "hopper" in cell} == hopper
+    assert set(cells.values()) == {"-", "hopper", "hopper or portable", "portable"}
     assert found.notes == ["uint4 as a: zero points go with b only: dequantise it, or use int4."]
 
 
@@ -257,7 +259,7 @@ def test_explain_needs_no_gpu_and_launches_nothing(capsys: pytest.CaptureFixture
     assert text.startswith("mm_fp8\n  a = Spec((16, 4096), 'float8_e4m3fn')\n  b = Quantized(fp8_row, shape=(4096, 11008), transposed, ")
     assert "\n  alpha = 2\ncugemm.mm_fp8\n  m = 16, n = 11008, k = 4096, batch = 1\n" in text
     assert "\ne4m3 x e4m3 -> bfloat16 on sm_90a\n" in text
-    assert re.search(r"^  -> (portable|swap_ab) +\d+\.\d us predicted   (tile \d+x\d+x\d+|\d+ tokens, )", text, re.MULTILINE)
+    assert re.search(r"^  -> (hopper|swap_ab) +\d+\.\d us predicted   (tile \d+x\d+, |\d+ tokens, )", text, re.MULTILINE)
     assert "quantize   refused: converts matrices, does not multiply them" in text
 
 
@@ -370,18 +372,19 @@ def test_compile_list_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for line in text.splitlines() if line.startswith("fp8_row (e4m3 x e4m3)")]
     wanted = [c for name in ("sm_80", "sm_90a") for c in cases.configs(["fp8_row"], [(11008, 4096)], arch.get(name)) if c.n]
     assert len(lines) == len(wanted)
-    assert all(re.search(r" 11008  4096  (portable  tile|(skinny|swap_ab)   +\d+ tokens, )", line) for line in lines)
+    assert all(re.search(r" 11008  4096  ((portable|hopper) +tile|(skinny|swap_ab) +\d+ tokens, )", line) for line in lines)
     assert len(re.findall(r"^quantize bfloat16 -> e4m3 +any +any +quantize +", text, re.MULTILINE)) == 2
 
 
 def test_jobs_hold_every_best_config_once() -> None:
-    jobs = cases.jobs(["fp8_row", "fp8_tensor"], [(4096, 4096), (11008, 4096)], SM90)
+    asked: Any = ["fp8_row", "fp8_tensor", "w8a16_fp8"], [(4096, 4096), (11008, 4096)], SM90
+    jobs = cases.jobs(*asked)
     keys = [(job.stem, tuple(sorted(job.defines.items()))) for job in jobs]
     assert len(keys) == len(set(keys))
     tiles = {job.defines["BLOCK_M"] for job in jobs if job.stem == "portable"}
-    listed = list(cases.configs(["fp8_row", "fp8_tensor"], [(4096, 4096), (11008, 4096)], SM90))
-    assert {c.kernel for c in listed if c.n} == {"portable", "skinny", "swap_ab"}
-    assert len(tiles) == 3
+    listed = list(cases.configs(*asked))
+    assert {c.kernel for c in listed if c.n} >= {"portable", "skinny", "hopper"}
+    assert len(tiles) >= 2
     assert len({c.config for c in listed if c.kernel == "portable"}) == len([job for job in jobs if job.stem == "portable"])
     tokens = {job.defines["TOKENS"] for job in jobs if job.stem == "skinny"}
     assert tokens >= {1, 2, 4, 8, 16}
@@ -391,13 +394,10 @@ def test_jobs_hold_every_best_config_once() -> None:
 
 def test_jobs_of_every_format_have_sources() -> None:
     jobs = cases.jobs(cases.CASES, [(4096, 4096)], SM90)
-    assert {job.stem for job in jobs} == {"portable", "skinny", "swap_ab", "quantize", "block_quantize", "rows", "segments"}
+    assert {job.stem for job in jobs} == {"portable", "skinny", "swap_ab", "hopper", "quantize", "block_quantize", "rows", "segments"}
     assert all((compile.kernel_dir() / f"{job.stem}.cu").exists() for job in jobs)
-    pairs = {
-        (job.defines["A_ELEMENT"], job.defines["A_SCALE"], job.defines["B_ELEMENT"], job.defines["B_SCALE"])
-        for job in jobs
-        if job.stem == "portable"
-    }
+    sides = ("A_ELEMENT", "A_SCALE", "B_ELEMENT", "B_SCALE")
+    pairs = {tuple(job.defines[side] for side in sides) for job in jobs if job.stem in ("portable", "hopper")}
     assert len(pairs) == len(
         {
             (case.activations and FORMATS[case.activations][1:4:2], case.weights and FORMATS[case.weights][1:4:2], case.dtype)

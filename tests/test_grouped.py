@@ -419,7 +419,7 @@ EXPLAINED: dict[str, Callable[[], str]] = {
 @pytest.mark.parametrize("name", EXPLAINED)
 def test_explain(name: str) -> None:
     text = EXPLAINED[name]()
-    assert f"cugemm.{name.partition(' ')[0]}\n  m = " in text and re.search(r"-> (portable|skinny) ", text)
+    assert f"cugemm.{name.partition(' ')[0]}\n  m = " in text and re.search(r"-> (portable|skinny|hopper) ", text)
     assert ("grouped by" in text) == (name != "fp8_gemm_nt")
     steps = {"grouped_matmul indices": ["quantize", "combine"], "moe_gemm_fp8_nt_groupwise": ["silu_and_mul"]}
     assert [step for step in ("quantize", "combine", "silu_and_mul") if f"cugemm.{step}\n" in text] == steps.get(name, [])

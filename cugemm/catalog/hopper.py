@@ -65,15 +65,16 @@ _MOST_STAGES = 8
 _SPLITS = (2, 4)
 
 # Fitted to 1229 times of 183 products on an H100 (docs/benchmarks/hopper_configs.json); the choice is within 5 % of the best on 96 %.
-_PRODUCTS, _TOGETHER = 1.24, 0.89
+_PRODUCTS, _TOGETHER = 0.945, 1.185
 """How much longer products take than tensor cores could; and of that, where two warpgroups have a tile of 128 rows together."""
-_TILE_CLOCKS, _SUM_CLOCKS = 1850.0, 0.54
-"""Behind the last step of a tile; for each sum of a warpgroup."""
-_L2_BYTES_PER_CLOCK = 7000.0
-"""That L2 gives all SMs."""
-_NORM = 2.47
+_STEP_CLOCKS, _TILE_CLOCKS, _SUM_CLOCKS = 253.0, 1390.0, 0.16
+"""Of each step besides; behind the last step of a tile; for each sum of a warpgroup."""
+_BYTES_PER_CLOCK = 49.0
+"""That an SM gets from L2."""
+_NORM = 3.49
 """How what goes on at the same time adds up: as a norm of this order."""
-_LAUNCH_US = 2.93
+_LAUNCH_US, _MEET_US = 3.07, 0.94
+"""Of a product; of CTAs that cut k."""
 _TURN_US, _TURN = 2.0, 0.7
 """To transpose an operand, or widen it: the launch, and part of the read bandwidth."""
 _TAIL = struct.Struct("<5q4I")
@@ -90,8 +91,6 @@ class Hopper:
             return refused
         if "wgmma" not in arch.get(problem.arch or "sm_90a").features:
             return "needs sm_90a"
-        if problem.backend == "auto":
-            return "not yet proven on a GPU in its present form: only backend='hopper' takes it"
         if problem.batch_invariant:
             return "adds up in another order for another m"
         alike = problem.a == problem.b if problem.a in FLOATS16 else problem.a in FLOATS8
@@ -116,8 +115,8 @@ class Hopper:
         return tuple(sorted(found, key=lambda c: self.cost(problem, c, device))[:16])
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
-        """What the busiest SM multiplies, with the ends of tiles; what L2 gives, and memory; whatever takes longest, and a little for the
-        others; the launch. At best products of 64 x n x 32 bytes take n / 2 clocks."""
+        """What the busiest SM multiplies, with the ends of tiles; what it is fed; what memory gives; whatever takes longest, and a little
+        for the others; the launch. At best products of 64 x n x 32 bytes take n / 2 clocks."""
         problem = _settled(problem)
         bytes_each = ELEMENTS[problem.a].bits // 8
         tiles = _tiles(problem, config)
@@ -125,19 +124,19 @@ class Hopper:
         steps = ceil_div(ceil_div(problem.k * bytes_each, _LINE), config.split)
         height, columns = config.rows, config.columns
         together = config.warpgroups == 2 and not config.apart
-        products = height * columns / 32 * _PRODUCTS * (_TOGETHER if together else 1)
+        products = height * columns / 32 * _PRODUCTS * (_TOGETHER if together else 1) + _STEP_CLOCKS
         ends = _TILE_CLOCKS + _SUM_CLOCKS * height * columns / (2 if together else 1) * (1 + config.split) / 2
         busy = rounds * steps * products + ends * (1 if config.apart else rounds)  # apart: while the other warpgroup multiplies
-        l2 = tiles * config.cluster * steps * (height + columns / config.share) * _LINE / _L2_BYTES_PER_CLOCK
+        fed = rounds * steps * (_brought(problem.m, config) + columns / config.share) * _LINE / _BYTES_PER_CLOCK
         clock = device.clock_khz * 1e-3
         lines = problem.m * (1 if problem.grouped else problem.batch)
         values = (lines + few_rows.matrices(problem) * problem.n) * problem.k * bytes_each + lines * problem.n * 2
         memory = values / (device.read_gbs * 1e3)
-        longest: float = sum(us**_NORM for us in (busy / clock, l2 / clock, memory)) ** (1 / _NORM)
+        longest: float = sum(us**_NORM for us in (busy / clock, fed / clock, memory)) ** (1 / _NORM)
         rows = {"a": lines, "b": problem.batch * problem.n}  # of all segments, if they have an expert each
         moved = 3 if config.wide else 2
         before = sum(_TURN_US + moved * rows[role] * problem.k / (_TURN * device.read_gbs * 1e3) for role in config.turned)
-        return _LAUNCH_US + longest + before
+        return _LAUNCH_US + (_MEET_US if config.split > 1 else 0) + longest + before
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
         operands, turns, used = list(_operands(call, config)), [], 0
@@ -249,6 +248,11 @@ def smem(problem: Problem, config: Config) -> int:
     return ring + lines + tiles * (config.columns * 8 + config.rows * 4) + scales + (config.stages + tiles) * 16
 
 
+def _brought(m: int, config: Config) -> int:
+    """Rows of A that a step brings: none that are not there, which TMA would fill with zeros, slowly."""
+    return min(config.rows, ceil_div(m, 8) * 8)
+
+
 class _Operand(NamedTuple):
     """Where one lies: strides count values, (matrix, row, k); offset: bytes behind the pointer. part: rows of a tile that a CTA brings."""
 
@@ -267,7 +271,7 @@ def _operands(call: GemmCall, config: Config) -> tuple[_Operand, _Operand]:
     problem = call.problem
     matrices = (call.batch if call.a_strides[0] else 1), (call.experts if call.segments else call.batch) if call.b_strides[0] else 1
     return (
-        _Operand("a", A, 0, call.a_rows, matrices[0], call.a_strides, problem.a_major, min(config.rows, ceil_div(call.m, 8) * 8), 1),
+        _Operand("a", A, 0, call.a_rows, matrices[0], call.a_strides, problem.a_major, _brought(call.m, config), 1),
         _Operand("b", B, 0, call.n, matrices[1], call.b_strides, problem.b_major, config.columns, config.share),
     )
 
