@@ -64,16 +64,14 @@ _MOST_SPLIT = 192
 _MOST_STAGES = 8
 _SPLITS = (2, 4)
 
-# Fitted to 1229 times of 183 products on an H100 (docs/benchmarks/hopper_configs.json); the choice is within 5 % of the best on 96 %.
-_PRODUCTS, _TOGETHER = 0.945, 1.185
-"""How much longer products take than tensor cores could; and of that, where two warpgroups have a tile of 128 rows together."""
-_STEP_CLOCKS, _TILE_CLOCKS, _SUM_CLOCKS = 253.0, 1390.0, 0.16
-"""Of each step besides; behind the last step of a tile; for each sum of a warpgroup."""
-_BYTES_PER_CLOCK = 49.0
+# Fitted to 2433 times of 357 products on an H100 (docs/benchmarks/hopper_configs.json); the choice is within 5 % of the best on 95 %.
+_STEP_CLOCKS, _TILE_CLOCKS, _SUM_CLOCKS = 258.0, 2480.0, 0.183
+"""Of a step, beside its products; behind the last step of a tile; there for each sum of a warpgroup."""
+_BYTES_PER_CLOCK = 55.0
 """That an SM gets from L2."""
-_NORM = 3.49
+_NORM = 3.08
 """How what goes on at the same time adds up: as a norm of this order."""
-_LAUNCH_US, _MEET_US = 3.07, 0.94
+_LAUNCH_US, _MEET_US = 2.3, 1.1
 """Of a product; of CTAs that cut k."""
 _TURN_US, _TURN = 2.0, 0.7
 """To transpose an operand, or widen it: the launch, and part of the read bandwidth."""
@@ -124,7 +122,7 @@ class Hopper:
         steps = ceil_div(ceil_div(problem.k * bytes_each, _LINE), config.split)
         height, columns = config.rows, config.columns
         together = config.warpgroups == 2 and not config.apart
-        products = height * columns / 32 * _PRODUCTS * (_TOGETHER if together else 1) + _STEP_CLOCKS
+        products = height * columns / 32 + _STEP_CLOCKS
         ends = _TILE_CLOCKS + _SUM_CLOCKS * height * columns / (2 if together else 1) * (1 + config.split) / 2
         busy = rounds * steps * products + ends * (1 if config.apart else rounds)  # apart: while the other warpgroup multiplies
         fed = rounds * steps * (_brought(problem.m, config) + columns / config.share) * _LINE / _BYTES_PER_CLOCK
