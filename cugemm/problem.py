@@ -277,8 +277,8 @@ class GemmOp(NamedTuple):
         a_major, b_major, vector = self.layout((a, a_strides, a_element), (b_view, b_strides, b_element), grouped, b_panel)
         if (a_major == "mn" and a_scale and a_scale.element) or (b_major == "mn" and b_scale and b_scale.element):
             a_major, b_major, vector = "k", "k", False  # a piece along the rows would need the block scales of all of them
-        problem = Problem(
-            bucket(m), n, k_a, segments.number if grouped else batch, grouped, a_element.name, b_element.name,
+        problem = Problem(  # of an empty result as of a small one: nothing is launched, but plan and explain ask
+            bucket(m), max(n, 1), k_a, max(segments.number if grouped else batch, 1), grouped, a_element.name, b_element.name,
             a_scale.element if a_scale else "", b_scale.element if b_scale else "", zero is not None,
             min((s.block[1] for s in (a_scale, b_scale) if s is not None and s.by_k), default=0),
             a_major, b_major, vector, out_dtype, options.accumulate, options.backend,

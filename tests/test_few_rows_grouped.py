@@ -16,7 +16,7 @@ from grouped_cases import ENTRIES, MATMULS, Framework
 from test_few_rows import PDL, SKINNY, SWAP_AB, Kernel
 
 import cugemm
-from cugemm import NoKernelError, arch, launch, select
+from cugemm import NoKernelError, arch, catalog, launch, select
 from cugemm.catalog import portable, skinny, swap_ab
 from cugemm.catalog.skinny import Config
 from cugemm.problem import Problem
@@ -67,9 +67,9 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     sizes = cases.sizes
 
     def alone(config: Any) -> None:
-        here, other = (swap_ab, skinny.Skinny) if isinstance(config, swap_ab.Config) else (skinny, swap_ab.SwapAB)
-        for kind in (portable.Portable, other):
-            monkeypatch.setattr(kind, "refuse", lambda self, problem: "not here")
+        here = swap_ab if isinstance(config, swap_ab.Config) else skinny
+        for other in (kernel for kernel in catalog.KERNELS if kernel.multiplies and kernel is not here.KERNEL):
+            monkeypatch.setattr(type(other), "refuse", lambda self, problem: "not here")
         monkeypatch.setattr(here, "_MOST_ROWS", 1000)
         monkeypatch.setattr(skinny, "_MOST_OF_SEGMENT", 1000)
         monkeypatch.setattr(swap_ab, "_LEAST_ROWS", 1)

@@ -15,6 +15,7 @@ from oracles import Array
 import cugemm
 from cugemm import Quantized
 from cugemm.formats import FORMATS
+from cugemm.problem import FLOATS8
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
@@ -79,9 +80,9 @@ def test_routers(dev: Any, name: str) -> None:
 # --- quantised on the way: the bits are those of the host (test_gpu_conversion), sums differ in their last places ---------------------
 
 
-def near(got: Array, expected: Array, what: str) -> None:
+def near(got: Array, expected: Array, what: str, bound: float = 1e-5) -> None:
     assert got.dtype == expected.dtype == np.float32, what
-    assert (np.abs(got - expected) <= 1e-5 * np.abs(expected).max()).all(), what
+    assert (np.abs(got - expected) <= bound * np.abs(expected).max()).all(), what
 
 
 @pytest.mark.parametrize("activations", [None, *(name for name, fmt in FORMATS.items() if not fmt.zero)], ids=str)
@@ -93,7 +94,10 @@ def test_linear_of_every_pair(dev: Any, activations: str | None) -> None:
             *map(dev.put, (q.data, q.scale)), weight, tensor_scale=dev.put(q.tensor_scale), zero=dev.put(q.zero)
         )  # fmt: skip
         got = cugemm.linear(dev.put(x), on_device, activations=activations, out_dtype=F32)
-        near(dev.fetch(got), cugemm.linear(x, q, activations=activations, out_dtype=F32), f"{activations} x {weight}")
+        narrow = all(name is not None and FORMATS[name].element.name in FLOATS8 for name in (activations, weight))  # sums in tensor cores
+        near(
+            dev.fetch(got), cugemm.linear(x, q, activations=activations, out_dtype=F32), f"{activations} x {weight}", 1e-3 if narrow else 1e-5
+        )  # fmt: skip
 
 
 def test_svdquant_linear(dev: Any) -> None:
