@@ -117,17 +117,21 @@ def _times(rows: list[Row]) -> Iterator[tuple[str, ...]]:
 
 
 def hopper() -> str:
-    """torch's time over that of the fastest configuration: geometric mean over weights, and the least of them."""
+    """Times of torch, and of other kernels, over that of the fastest configuration: geometric mean over weights, and the least of them."""
     document = json.loads((ROOT / "docs" / "benchmarks" / "hopper_configs.json").read_text())
-    gain: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for name, m, _, _, torch_us, times in document["rows"]:
-        gain[name, m].append(torch_us / min(us for _, us in times))
-    names = list(dict.fromkeys(name for name, _ in gain))
-    rows = [
-        (str(m), *(f"{statistics.geometric_mean(gain[name, m]):.2f} ({min(gain[name, m]):.2f})" for name in names))
-        for m in sorted({m for _, m in gain})
-    ]
-    return f"{_told(document)}\n\n{records.markdown(('m', *(f'{name}: mean (least)' for name in names)), rows)}"
+    gain: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    for name, m, _, _, torch_us, rival_us, times in document["rows"]:
+        for peer, us in (("torch", torch_us), ("others", rival_us)):
+            if us is not None:
+                gain[name, peer, m].append(us / min(us for _, us in times))
+    columns = list(dict.fromkeys((name, peer) for name, peer, _ in sorted(gain, key=lambda key: (key[0], key[1] == "others"))))
+
+    def cell(*key: object) -> str:
+        found = gain.get(key)  # type: ignore[call-overload]
+        return f"{statistics.geometric_mean(found):.2f} ({min(found):.2f})" if found else "-"
+
+    rows = [(str(m), *(cell(*column, m) for column in columns)) for m in sorted({m for *_, m in gain})]
+    return f"{_told(document)}\n\n{records.markdown(('m', *(f'{name} / {peer}' for name, peer in columns)), rows)}"
 
 
 LADDER = {
@@ -153,7 +157,7 @@ def ladder() -> str:
 
 
 PAGES = {
-    "README.md": {"support": support, "benchmarks": benchmarks},
+    "README.md": {"support": support, "hopper": hopper, "benchmarks": benchmarks},
     "docs/numerics.md": {"batch_invariant": batch_invariant},
     "docs/kernels/hopper.md": {"hopper": hopper, "ladder": ladder},
 }

@@ -17,7 +17,7 @@ from test_few_rows import PDL, SKINNY, SWAP_AB, Kernel
 
 import cugemm
 from cugemm import NoKernelError, arch, catalog, launch, select
-from cugemm.catalog import portable, skinny, swap_ab
+from cugemm.catalog import skinny, swap_ab
 from cugemm.catalog.skinny import Config
 from cugemm.problem import Problem
 
