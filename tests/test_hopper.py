@@ -29,7 +29,7 @@ import cugemm
 from cugemm import NoKernelError, Quantized, Spec, arch, driver, launch, packed, select
 from cugemm.catalog import Step, TensorMap, hopper, portable, skinny, swap_ab
 from cugemm.catalog.hopper import Config, _Operand
-from cugemm.problem import BUCKETS, OUT, Problem
+from cugemm.problem import BUCKETS, OUT
 
 emulating = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -255,12 +255,6 @@ def test_batches(kinds: tuple[str, str]) -> None:
 @pytest.fixture
 def preferred(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it can, in place of other kernels, with one device value out of range as good as another."""
-    refuse = hopper.Hopper.refuse
-
-    def willing(self: hopper.Hopper, problem: Any) -> str | None:
-        return refuse(self, problem._replace(backend="hopper") if isinstance(problem, Problem) else problem)
-
-    monkeypatch.setattr(hopper.Hopper, "refuse", willing)
     for kernel in (portable.Portable, skinny.Skinny, swap_ab.SwapAB):
         monkeypatch.setattr(kernel, "cost", lambda self, problem, config, device: 1e9)
 
@@ -471,11 +465,9 @@ def test_refusals_of_formats() -> None:
         cugemm.explain(cugemm.grouped_matmul, BF16, Spec((3, 512, 512), "bfloat16"), indices=Spec((256,), "int32"), backend="hopper")
 
 
-def test_only_by_name() -> None:
-    """Until all of it is proven on a GPU."""
-    text = cugemm.explain(cugemm.linear, BF16, BF16)
-    assert "hopper     refused: not yet proven on a GPU in its present form: only backend='hopper' takes it" in text
-    assert "-> hopper" in cugemm.explain(cugemm.linear, BF16, BF16, backend="hopper")
+def test_many_rows_take_it() -> None:
+    assert "-> hopper" in cugemm.explain(cugemm.linear, BF16, BF16)
+    assert "-> skinny" in cugemm.explain(cugemm.linear, Spec((1, 4096), "bfloat16"), Spec((4096, 4096), "bfloat16"))
     text = cugemm.explain(cugemm.matmul, E4M3, Spec((512, 256), "float8_e4m3fn"), backend="hopper")
     assert re.search("-> hopper .*, b transposed first$", text, re.MULTILINE)
 
