@@ -303,7 +303,8 @@ __device__ __forceinline__ void produce_scales(const Args& args, Ring ring, int 
 using Sums = float[kWaves][kBlocks][4];  // [..][2 r + c]: row g + 8 r of the warp's 16, column 2 t + c of the block
 
 // Products of 32 bytes along k.
-__device__ __forceinline__ void multiply_async(float (&sum)[kBlocks][4], u64 a, u64 b, bool add) {
+template <int kMany>
+__device__ __forceinline__ void multiply_async(float (&sum)[kMany][4], u64 a, u64 b, bool add) {
     if constexpr (A_ELEMENT == kBf16)
         wgmma_bf16<A_MAJOR, B_MAJOR>(sum, a, b, add);
     else if constexpr (A_ELEMENT == kFp16)
@@ -319,9 +320,10 @@ __device__ __forceinline__ void multiply_async(float (&sum)[kBlocks][4], u64 a, 
 }
 
 // NOTE: the compiler takes sums for settled as soon as the product is asked for, unless they are used behind the wait.
-__device__ __forceinline__ void keep(float (&sum)[kBlocks][4]) {
+template <int kMany>
+__device__ __forceinline__ void keep(float (&sum)[kMany][4]) {
 #pragma unroll
-    for (int i = 0; i < kBlocks * 4; ++i) wgmma_keep(sum[i / 4][i % 4]);
+    for (int i = 0; i < kMany * 4; ++i) wgmma_keep(sum[i / 4][i % 4]);
 }
 
 // Where a step's tiles are, for the rows of this warpgroup, in pieces of 16 bytes.
@@ -329,15 +331,17 @@ struct Tiles {
     u32 a, b;
 
     __device__ __forceinline__ Tiles(const Ring& ring, int warpgroup)
-        : a(ring.first / 16 + ring.slot * (kStage / 16) + warpgroup * (kWaves * 64 * 128 / 16)),
-          b((ring.first + kBytesA) / 16 + ring.slot * (kStage / 16)) {}
-    // Begins the products of a step; unless `add`, sums begin again.
-    __device__ __forceinline__ void multiply(float (&sum)[kBlocks][4], int wave, bool add) const {
+        : a(pieces_of(ring.first) + ring.slot * (kStage / 16) + warpgroup * (kWaves * 64 * 128 / 16)),
+          b(pieces_of(ring.first + kBytesA) + ring.slot * (kStage / 16)) {}
+    // Begins the products of a step with these columns, from block `first` on; unless `add`, sums begin again.
+    template <int kMany>
+    __device__ __forceinline__ void multiply(float (&sum)[kMany][4], int wave, int first, bool add) const {
         constexpr int kNextA = (A_MAJOR ? 16 * 128 : 32) / 16, kNextB = (B_MAJOR ? 16 * 128 : 32) / 16;
+        constexpr int kBlockB = 8 * 128 / 16;  // MN: of a panel 8
 #pragma unroll
         for (int p = 0; p < 4; ++p)
             multiply_async(sum, swizzled_descriptor(a + wave * (64 * 128 / 16) + p * kNextA, kPanel),
-                           swizzled_descriptor(b + p * kNextB, kPanel), p > 0 || add);
+                           swizzled_descriptor(b + first * kBlockB + p * kNextB, kPanel), p > 0 || add);
         wgmma_commit();
     }
 };
@@ -382,7 +386,7 @@ __device__ __forceinline__ void multiply_all(Sums& sum, Ring& ring, const Place&
         const Tiles tiles(ring, at.warpgroup() % kTogether);
         wgmma_fence();
 #pragma unroll
-        for (int wave = 0; wave < kWaves; ++wave) tiles.multiply(sum[wave], wave, true);
+        for (int wave = 0; wave < kWaves; ++wave) tiles.multiply(sum[wave], wave, 0, true);
         wgmma_wait<kWaves>();
         if (step > 0) release(ring, before, at);
         before = ring.slot;
@@ -416,41 +420,56 @@ struct StepScales {
                 load_shared_float(scales + (at.row_in_tile(0) + i / 2 * 8) * 4) * load_shared_float(scales + (kBlockM + i % 2) * 4);
         return factors;
     }
-    __device__ __forceinline__ void add(float (&sum)[kBlocks][4], const float (&part)[kBlocks][4], const Factors& factors) const {
+    // To the sums of these columns, from block `first` on.
+    template <int kMany>
+    __device__ __forceinline__ void add(float (&sum)[kBlocks][4], int first, const float (&part)[kMany][4], const Factors& factors) const {
         float f[2];
 #pragma unroll
-        for (int j = 0; j < kBlocks; ++j) {
-            if (j * 8 % kAlike == 0) {
+        for (int i = 0; i < kMany; ++i) {
+            const int j = first + i;
+            if (i == 0 || j * 8 % kAlike == 0) {
                 const bool second = !kOne && j * 8 >= border;
                 f[0] = second ? factors.of[0][1] : factors.of[0][0], f[1] = second ? factors.of[1][1] : factors.of[1][0];
             }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
+            for (int v = 0; v < 4; ++v) {
                 if constexpr (SCALE_BLOCK != 0)
-                    sum[j][i] += f[i / 2] * part[j][i];
+                    sum[j][v] += f[v / 2] * part[i][v];
                 else
-                    sum[j][i] += part[j][i];
+                    sum[j][v] += part[i][v];
             }
         }
     }
 };
 
-// Sums leave the tensor cores after each step. While those of one warpgroup are added up, the other one multiplies.
+// Sums leave the tensor cores after each step, as many columns at once as registers hold. While those of one warpgroup are added up, the
+// other one multiplies.
 __device__ __forceinline__ void multiply_promoted(Sums& sum, Ring& ring, const Args& args, const Work& work, const Place& at, i32 steps) {
+    constexpr int kLots = PROMOTE && BLOCK_N > 192 ? 2 : 1, kLot = kBlocks / kLots;
+    static_assert(kLots == 1 || BLOCK_N == 256, "lots are of whole panels");
     const StepScales scales(args, work);
 #pragma unroll 1
     for (i32 step = 0; step < steps; ++step) {
-        float part[kBlocks][4];
+        Factors factors;
         mbarrier_wait(ring.full(ring.slot), ring.phase);
-        wgmma_fence();
-        Tiles(ring, at.warpgroup() % kTogether).multiply(part, 0, false);
-        wgmma_wait<1>();  // NOTE: for nothing, but that the compiler has scales waited for behind the products, not among them
-        const Factors factors = StepScales::read(ring.scales(), at);
-        wgmma_wait<0>();
-        keep(part);
-        release(ring, ring.slot, at);
-        ring.advance();
-        scales.add(sum[0], part, factors);
+        const Tiles tiles(ring, at.warpgroup() % kTogether);
+#pragma unroll
+        for (int lot = 0; lot < kLots; ++lot) {
+            float part[kLot][4];
+            wgmma_fence();
+            tiles.multiply(part, 0, lot * kLot, false);
+            if (lot == 0) {
+                wgmma_wait<1>();  // NOTE: for nothing, but that the compiler has scales waited for behind the products, not among them
+                factors = StepScales::read(ring.scales(), at);
+            }
+            wgmma_wait<0>();
+            keep(part);
+            if (lot + 1 == kLots) {
+                release(ring, ring.slot, at);
+                ring.advance();
+            }
+            scales.add(sum[0], lot * kLot, part, factors);
+        }
     }
 }
 
@@ -732,7 +751,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) __cluster_dims__(kClus
         mbarrier_init_done();
     }
     __syncthreads();
-    if constexpr (kCluster > 1) {  // nobody writes to a CTA that has not begun
+    if constexpr (SHARE > 1) {  // nobody writes to a CTA that has not begun
         cluster_arrive_relaxed();
         cluster_wait();
     }

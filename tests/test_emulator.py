@@ -78,14 +78,15 @@ REMOTE = """
 struct Args { u64 to; i32 fault, unused; };
 extern "C" __global__ void remote(const Args args) {
     const u32 t = threadIdx.x, rank = cluster_rank();
+    const u32 first = args.fault == 4 ? 0 : shared_address(emulator::memory()), barrier = first + 1024;
     const float x[4] = {float(t), float(rank), 2, 3};
-    if (t == 0) mbarrier_init(1024, 64), mbarrier_init_done();
+    if (t == 0) mbarrier_init(barrier, 64), mbarrier_init_done();
     cluster_arrive();
     if (args.fault != 1) cluster_wait();
-    store_remote_16(t * 16, rank ^ 1, x);
-    mbarrier_arrive_remote(1024, args.fault == 2 ? rank : rank ^ 1);
-    if (args.fault != 3) mbarrier_wait(1024, 0);
-    reinterpret_cast<Chunk*>(args.to)[rank * 64 + t] = load_shared_16((t ^ 40) * 16);
+    store_remote_16(first + t * 16, rank ^ 1, x);
+    mbarrier_arrive_remote(barrier, args.fault == 2 ? rank : rank ^ 1);
+    if (args.fault != 3) mbarrier_wait(barrier, 0);
+    reinterpret_cast<Chunk*>(args.to)[rank * 64 + t] = load_shared_16(first + (t ^ 40) * 16);
     if (args.fault == 1) cluster_wait();
 }
 """
@@ -172,3 +173,8 @@ def test_stuck() -> None:
         launch("ring", RING, (), 64, 432, [np.zeros(320, np.uint32)], (1, 0), 1)
     with pytest.raises(AssertionError, match="no mbarrier was initialised"):
         any(remote(1, seed) for seed in range(20))
+
+
+def test_addresses_tell_the_rank() -> None:
+    with pytest.raises(AssertionError, match=r"shared memory of another CTA, at \(1024\), block 1"):
+        remote(4, 0)

@@ -57,10 +57,10 @@ class Config(NamedTuple):
         )
 
 
-_SHAPES = {False: ((1, False, 256), (2, False, 256), (2, True, 160)), True: ((1, False, 192), (2, False, 192))}
+_SHAPES = {False: ((1, False, 256), (2, False, 256), (2, True, 160)), True: ((1, False, 192), (2, False, 256))}
 """`warpgroups`, `apart`, and columns for which registers hold the sums; by whether those of a step are added up outside."""
-_MOST_SPLIT = 192
-"""Columns beside which registers hold what other CTAs of a cluster have summed."""
+_MOST_BESIDE = 192
+"""Columns beside whose sums registers hold others: those of a step, or of other CTAs of a cluster. 256 are added up outside in two lots."""
 _MOST_STAGES = 8
 _SPLITS = (2, 4)
 
@@ -191,11 +191,13 @@ def fitting(problem: Problem, device: Device) -> list[Config]:
     found = []
     for warpgroups, apart, most in _SHAPES[promotes(problem)]:
         for columns in range(multiple, most + 1, multiple):
+            if promotes(problem) and _MOST_BESIDE < columns < most:
+                continue
             if problem.scale_block and columns > 128 and 128 % (columns - 128):
                 continue  # columns under three scales
             for share, split in ((1, 1), (2, 1), *((1, split) for split in _SPLITS)):
                 config = Config(columns, warpgroups, _MOST_STAGES, share, split, apart=apart)
-                if split > 1 and (apart or columns % (16 * split) or columns > _MOST_SPLIT):
+                if split > 1 and (apart or columns % (16 * split) or columns > _MOST_BESIDE):
                     continue
                 if not _worth(problem, config, device):
                     continue

@@ -76,15 +76,17 @@ __device__ __forceinline__ void wgmma_wait() {  // at most the kPending newest g
 // Behind a wait: this register was read, or written, until now.
 __device__ __forceinline__ void wgmma_keep(const u32& x) { asm volatile("" ::"r"(x) : "memory"); }
 __device__ __forceinline__ void wgmma_keep(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+// A place as descriptors have it: in pieces of 16 bytes, without the rank of the CTA in its cluster, which addresses carry in bits 24 and up.
+__device__ __forceinline__ u32 pieces_of(u32 shared) { return (shared & 0x3FFFF) >> 4; }
 // Of a matrix contiguous along k, without swizzle: 16 bytes of each of 8 rows lie together (128 bytes); from them to the next 16 bytes of k,
 // and to the next 8 rows.
 __device__ __forceinline__ u64 matrix_descriptor(u32 shared, u32 k_bytes, u32 rows_bytes) {
-    return (shared & 0x3FFFF) >> 4 | static_cast<u64>(k_bytes >> 4) << 16 | static_cast<u64>(rows_bytes >> 4) << 32;
+    return pieces_of(shared) | static_cast<u64>(k_bytes >> 4) << 16 | static_cast<u64>(rows_bytes >> 4) << 32;
 }
 
 // Of a tile that TMA laid down with 128-byte swizzle, from a multiple of 1024 bytes on. Contiguous along k: rows of 128 bytes; the next 32
 // bytes of k are 32 bytes on. Contiguous along m or n: 64 values of each k, the next 64 `mn_bytes` on; the next 16 k are 2048 bytes on.
-// pieces: its address / 16.
+// pieces: where it begins.
 __device__ __forceinline__ u64 swizzled_descriptor(u32 pieces, u32 mn_bytes) {
     return pieces + (mn_bytes >> 4 << 16) | (64ull | 1ull << 30) << 32;
 }

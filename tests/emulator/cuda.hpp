@@ -131,14 +131,18 @@ inline void fail(const char* what, unsigned long long value) {
     yield();
 }
 inline unsigned char* memory() { return shared[self->cta]; }
+// Where an address lies in shared memory. As in hardware, it tells the rank of its CTA in bits 24 and up.
+inline unsigned place(unsigned address) { return address & 0xFFFFFF; }
 inline unsigned char* at(unsigned address, unsigned size) {
-    if (address % size || address + size > shared_size) fail("access outside shared memory, or not aligned, at", address);
-    return memory() + address;
+    const unsigned from = place(address);
+    if (address >> 24 != unsigned(self->cta)) fail("shared memory of another CTA, at", address);
+    if (from % size || from + size > shared_size) fail("access outside shared memory, or not aligned, at", from);
+    return memory() + from;
 }
 // An ordinary store is noted for the fence; one through a plain pointer cannot be, so that products never see it.
 inline void store(unsigned address, const void* from, unsigned size) {
     memcpy(at(address, size), from, size);
-    if (self->stores < kMostStores) self->store[self->stores] = {address, size};
+    if (self->stores < kMostStores) self->store[self->stores] = {place(address), size};
     ++self->stores;
 }
 inline void show_stores() {

@@ -20,9 +20,10 @@ constexpr u32 kMark = 0x6D62;
 constexpr u64 kMapMark = 0x70616D726F736E65;
 
 inline Mbarrier& mbarrier(u32 address, u32 rank) {
-    at(address, 8);
+    const u32 from = place(address);
+    if (from % 8 || from + 8 > shared_size) fail("no place for an mbarrier:", from);
     if (rank >= ctas) fail("no such CTA in the cluster:", rank);
-    auto& barrier = reinterpret_cast<Mbarrier&>(shared[rank][address]);
+    auto& barrier = reinterpret_cast<Mbarrier&>(shared[rank][from]);
     if (barrier.mark != kMark) fail("no mbarrier was initialised at", address);
     return barrier;
 }
@@ -62,7 +63,7 @@ inline void bring(const Box& b) {
                     memcpy(bytes + x * map.bytes, reinterpret_cast<const void*>(from), map.bytes);
                 }
             for (u32 piece = 0; piece < line; piece += 16) {
-                const u32 to = swizzled(b.to + (z * map.box[1] + y) * line + piece);
+                const u32 to = swizzled(place(b.to) + (z * map.box[1] + y) * line + piece);
                 if (to + 16 > shared_size) fail("a box outside shared memory, at", to);
                 for (u32 rank = 0; rank < ctas; ++rank)
                     if (b.mask >> rank & 1) memcpy(shared[rank] + to, bytes + piece, 16), memcpy(view[rank] + to, bytes + piece, 16);
@@ -114,7 +115,7 @@ inline void write(const Sent& s) {
             bool inside = true;
             for (int axis = 0; axis < 3; ++axis) inside &= to[axis] >= 0 && to[axis] < size[axis];
             const u64 address = s.map.address + to[2] * s.map.pitch[1] + to[1] * s.map.pitch[0] + to[0] * s.map.bytes;
-            const u32 from = swizzled(s.from + y * line + x * s.map.bytes);
+            const u32 from = swizzled(place(s.from) + y * line + x * s.map.bytes);
             const unsigned char zeros[8] = {};
             if (inside) memcpy(reinterpret_cast<void*>(address), to[0] < i64(s.map.size[0]) ? view[self->cta] + from : zeros, s.map.bytes);
         }
@@ -132,7 +133,7 @@ inline void write_groups(u32 end) {
 
 // Where value k of row (or column) i of an operand lies, by its descriptor. Without swizzle: core matrices of 8 rows of 16 bytes. With it, 8
 // rows of 128 bytes; turned: 64 values of 8 k.
-inline u32 place(u64 descriptor, bool turned, u32 bytes, u32 i, u32 k) {
+inline u32 value_place(u64 descriptor, bool turned, u32 bytes, u32 i, u32 k) {
     const auto field = [&](int bit) { return static_cast<u32>(descriptor >> bit & 0x3FFF) << 4; };
     const u32 first = field(0), leading = field(16), stride = field(32);
     if (descriptor >> 62 == 0) return first + i / 8 * stride + k * bytes / 16 * leading + i % 8 * 16 + k * bytes % 16;
@@ -141,9 +142,9 @@ inline u32 place(u64 descriptor, bool turned, u32 bytes, u32 i, u32 k) {
 }
 inline double operand(u64 descriptor, bool turned, u32 bytes, u32 i, u32 k, float (*decode)(u32)) {
     u32 bits = 0;
-    const u32 address = place(descriptor, turned, bytes, i, k);
-    at(address, bytes);
-    memcpy(&bits, view[self->cta] + address, bytes);
+    const u32 from = value_place(descriptor, turned, bytes, i, k);
+    if (from % bytes || from + bytes > shared_size) fail("a descriptor of what is outside shared memory, or not aligned, at", from);
+    memcpy(&bits, view[self->cta] + from, bytes);
     return decode(bits);
 }
 
@@ -278,14 +279,16 @@ void wgmma_wait() {
 }
 inline void wgmma_keep(const u32&) {}
 inline void wgmma_keep(float&) {}
+inline u32 pieces_of(u32 shared) { return emulator::place(shared) / 16; }
 inline u64 matrix_descriptor(u32 shared, u32 k_bytes, u32 rows_bytes) {
-    const u32 any = shared | k_bytes | rows_bytes;
+    const u32 any = emulator::place(shared) | k_bytes | rows_bytes;
     if (any % 16 || any > 0x3FFFF) emulator::fail("a descriptor cannot hold bytes", any);
-    return shared >> 4 | static_cast<u64>(k_bytes >> 4) << 16 | static_cast<u64>(rows_bytes >> 4) << 32;
+    return pieces_of(shared) | static_cast<u64>(k_bytes >> 4) << 16 | static_cast<u64>(rows_bytes >> 4) << 32;
 }
 inline u64 swizzled_descriptor(u32 pieces, u32 mn_bytes) {
     if (pieces * 16 % 1024 >= 128) emulator::fail("a swizzled tile is not aligned, at", pieces * 16);
-    return matrix_descriptor(pieces * 16, mn_bytes, 1024) | 1ull << 62;
+    if (pieces > 0x3FFF) emulator::fail("a descriptor cannot hold pieces", pieces);
+    return pieces | static_cast<u64>(mn_bytes / 16) << 16 | 64ull << 32 | 1ull << 62;
 }
 
 #define PRODUCTS_OF_REGISTERS(name, decode)                                                           \

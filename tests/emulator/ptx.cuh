@@ -81,7 +81,9 @@ inline void load_matrix(u32 (&r)[4], u32 address, bool transposed) {
 
 }  // namespace emulator
 
-inline u32 shared_address(const void* p) { return static_cast<u32>(static_cast<const unsigned char*>(p) - emulator::memory()); }
+inline u32 shared_address(const void* p) {
+    return static_cast<u32>(static_cast<const unsigned char*>(p) - emulator::memory()) | static_cast<u32>(emulator::self->cta) << 24;
+}
 
 inline void copy_async_16_if(bool now, u32 shared, const void* global, u32 valid) {
     if (now) emulator::copy_async(shared, global, 16, valid);
@@ -213,12 +215,12 @@ inline void sleep_ns(u32 ns) {  // one lane holds up its warp: the longest of 32
 inline u32 cluster_rank() { return emulator::self->cta; }
 inline void store_remote_16(u32 shared, u32 rank, const float (&x)[4]) {
     emulator::at(shared, 16);
-    memcpy(emulator::shared[rank] + shared, x, 16);
+    memcpy(emulator::shared[rank] + emulator::place(shared), x, 16);
 }
 inline Chunk load_remote_16(u32 shared, u32 rank) {
     emulator::at(shared, 16);
     Chunk c;
-    memcpy(&c, emulator::shared[rank] + shared, 16);
+    memcpy(&c, emulator::shared[rank] + emulator::place(shared), 16);
     return c;
 }
 inline void cluster_arrive() { emulator::arrive(); }
