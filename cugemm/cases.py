@@ -129,7 +129,7 @@ PRESETS = {
     ),
     "decode": Preset(tuple((m, *DECODE.whole) for m in (1, 8, 32)), ("bf16", "w8a16_fp8", "fp8_tensor", "w4a16_nvfp4"), DECODE),
     "batch_invariant": Preset(
-        tuple((m, n, k) for n, k in DECODE.sizes for m in (1, 16, 64)), ("bf16", "fp8_tensor", "w4a16_nvfp4"), batch_invariant=True
+        tuple((m, n, k) for n, k in DECODE.sizes for m in (1, 16, 64, 512)), ("bf16", "fp8_tensor", "w4a16_nvfp4"), batch_invariant=True
     ),
 }
 

@@ -47,7 +47,8 @@ class Problem(NamedTuple):
 
     a, b: elements. a_scale, b_scale: the element of scales that go into the values ("e4m3", "e8m0"), else "". zero: b has zero points.
     scale_block: the fewest values along k under one float scale, 0 where none varies along k. vector: both operands can be read in 16-byte
-    pieces, along the axes a_major and b_major say; b_vector: b can along k, and so can its scales. pdl: "", or what may happen to b before
+    pieces, along the axes a_major and b_major say; b_vector: b can along k, and so can its scales; a_vector: a can along a_major, and its
+    rows do not overlap. pdl: "", or what may happen to b before
     the kernel ahead has ended, "prefetch" or "static" (loads). scratch: kernels may ask for memory (`Step.scratch`). in_order: rows of a
     are those of the result, one after the other, b is one array without panels, and no line of either overlaps the next. column_scales:
     float scales that vary along k do so for each column by itself.
@@ -75,6 +76,7 @@ class Problem(NamedTuple):
     pdl: str = ""
     batch_invariant: bool = False
     b_vector: bool = False
+    a_vector: bool = True
     scratch: bool = True
     in_order: bool = False
     column_scales: bool = False
@@ -284,8 +286,8 @@ class GemmOp(NamedTuple):
             a_major, b_major, vector, out_dtype, options.accumulate, options.backend,
             pdl=("static" if options.static_weights else "prefetch") if options.pdl else "", batch_invariant=options.batch_invariant,
             b_vector=_streams(b_view, b_strides, b_element, b_panel) and not _straddles(b_scale, n),
-            in_order=options.segments != "indices" and views[ROWS] is None and not b_panel
-            and _lines_apart(a_strides, a_rows, k_a) and _lines_apart(b_strides, n, k_a),
+            a_vector=_major(a, a_strides, a_element)[1] and _lines_apart(a_strides, a_rows, k_a),
+            in_order=options.segments != "indices" and views[ROWS] is None and not b_panel and _lines_apart(b_strides, n, k_a),
             column_scales=b_scale is not None and b_scale.by_k and b_scale.block[0] not in (128, ALL),
         )  # fmt: skip
         return GemmCall(

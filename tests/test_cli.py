@@ -1009,7 +1009,7 @@ def test_weights_of_a_chain_rotate(host_bench: Any) -> None:
         (["--preset", "decode"], [(cases.DECODE, m) for m in (1, 8, 32)]),
         (["--preset", "decode", "--chain", "2"], [(cases.DECODE._replace(turns=2), m) for m in (1, 8, 32)]),
         (["--preset", "decode", "--shapes", "128x64", "--m", "3"], [(3, 128, 64)]),
-        (["--preset", "batch_invariant"], ["invariant", *((m, n, k) for n, k in cases.DECODE.sizes for m in (1, 16, 64))]),
+        (["--preset", "batch_invariant"], ["invariant", *((m, n, k) for n, k in cases.DECODE.sizes for m in (1, 16, 64, 512))]),
         (["--preset", "batch_invariant", "--shapes", "128x64", "--m", "3"], ["invariant", (3, 128, 64)]),
     ],
 )

@@ -185,6 +185,31 @@ def test_every_code_widened(element: int) -> None:
 
 
 @emulating
+def test_rows_that_tma_cannot_read() -> None:
+    """Of a, at odd places, apart, overlapping, transposed: copied first, in zeros up to a multiple of 16 bytes."""
+    for number, kinds in enumerate((("fp16", "fp16"), ("e4m3", "e5m2"), ("fp8_row", "fp8_tensor"))):
+        pair = formats.make(number, 70, 40, 272, *kinds, exact=True)
+        x, w = operand(pair.a), operand(pair.b)
+        data = pair.a.data
+        room = np.zeros((70, 2, 547), data.dtype)
+        room[:, 0, 1:545:2] = data
+        for lying in (room[:, 0, 1:545:2], np.asfortranarray(np.concatenate([data, data[:1]]))[:70]):
+            given = lying if x is data else Quantized(lying, x.scale, x.format)
+            with chosen(Config(32, 1, 3, copied=True)), emulate(seed=number) as ran:
+                out = cugemm.linear(given, w, out_dtype="bfloat16", backend="hopper")
+            assert ran == ["align", "hopper"]
+            formats.check(pair, out, "bfloat16")
+    pair = formats.make(9, 70, 40, 272, "bf16", "bf16", exact=True)
+    once = pair.a.values[:1]
+    over = np.broadcast_to(pair.a.data[:1], (70, 272))
+    with chosen(Config(32, 1, 3, copied=True)), emulate() as ran:
+        out = cugemm.linear(over, pair.b.data, backend="hopper")
+    assert ran == ["align", "hopper"]
+    wide = pair.a._replace(data=over, values=np.broadcast_to(once, (70, 272)))
+    oracles.check_exact(formats.answer(wide, pair.b), out, "bfloat16")
+
+
+@emulating
 def test_transpose() -> None:
     """Any size and pitch, every byte, zeros up to a multiple of 16."""
     rng = np.random.default_rng(1)
@@ -417,7 +442,7 @@ BF16, FP16, E4M3 = (Spec((256, 512), dtype) for dtype in ("bfloat16", "float16",
     [
         ((BF16, FP16), {}, "multiplies two operands of one 16-bit type, or two of float8"),
         ((BF16, E4M3), {}, "multiplies two operands of one 16-bit type, or two of float8"),
-        ((BF16, BF16), {"batch_invariant": True}, "adds up in another order for another m"),
+        ((E4M3, E4M3), {"batch_invariant": True, "accumulate": "fp32"}, "with batch_invariant multiplies as tensor cores add up"),
         ((Spec((256, 511), "bfloat16"), Spec((256, 511), "bfloat16")), {}, "reads rows in order, in 16-byte pieces"),
         ((Spec((256, 0), "bfloat16"), Spec((256, 0), "bfloat16")), {}, "reads rows in order, in 16-byte pieces"),
     ],
@@ -443,16 +468,19 @@ def test_refusals_of_formats() -> None:
         assert hopper.KERNEL.refuse(problem) == reason
     x = np.zeros((256, 512), oracles.dtype_of("bfloat16"))
     rows = np.lib.stride_tricks.as_strided(x, x.shape, (16, 2))
-    for a, b in (
-        (np.broadcast_to(x[:1], x.shape), x),
-        (x, np.broadcast_to(x[:1], x.shape)),
-        (rows, x),
-        (x, np.broadcast_to(x[0], (512, 512)).T),
+    of_b = "reads rows in order, in 16-byte pieces, that do not overlap"
+    of_a = "reads rows in 16-byte pieces, that do not overlap, and copies others only of single products, where there is memory"
+    for a, b, reason in (
+        (np.broadcast_to(x[:1], x.shape), x, of_a),
+        (x, np.broadcast_to(x[:1], x.shape), of_b),
+        (rows, x, of_a),
+        (x, np.broadcast_to(x[0], (512, 512)).T, of_b),
     ):
         with launch.recording() as calls:
             cugemm.linear(a, b)
         problem = calls[0].call.problem._replace(backend="hopper", arch="sm_90a")
-        assert hopper.KERNEL.refuse(problem) == "reads rows in order, in 16-byte pieces, that do not overlap"
+        assert hopper.KERNEL.refuse(problem) == (of_b if reason is of_b else None)
+        assert hopper.KERNEL.refuse(problem._replace(scratch=False)) == reason
     with launch.recording() as calls:
         cugemm.matmul(E4M3, Spec((512, 256), "float8_e4m3fn"))
     problem = calls[0].call.problem._replace(backend="hopper", arch="sm_90a")

@@ -308,7 +308,9 @@ def jobs_of(target: str) -> list[Job]:
                 add(step)
     for question, many in hopper_cover() if target == "sm_90a" else ():
         turned = "b" if question.b in ("e4m3", "e5m2") else ""
-        for step in hopper.KERNEL.steps(template._replace(problem=question), many._replace(turned=many.turned or turned)):
+        for step in hopper.KERNEL.steps(
+            template._replace(problem=question), many._replace(turned=many.turned or turned, copied=not many.wide)
+        ):
             add(step)
     for call in layer_calls():
         question = call.problem._replace(arch=target)
@@ -377,7 +379,7 @@ def test_every_decode_and_mode_appears() -> None:
     jobs = jobs_of("sm_90a")
     kernels = {path.stem for path in (ROOT / "kernels").glob("*.cu")}
     assert {job.stem for job in jobs} == kernels - {"stream", "reduce"}, "stream is the benchmark's own"
-    assert {job.stem for job in jobs_of("sm_80")} == kernels - {"stream", "swap_ab", "hopper", "transpose", "widen"}
+    assert {job.stem for job in jobs_of("sm_80")} == kernels - {"stream", "swap_ab", "hopper", "transpose", "widen", "align"}
     gemms = [job.defines for job in jobs if job.stem == "portable"]
     assert len({(d["A_ELEMENT"], d["A_SCALE"], d["B_ELEMENT"], d["B_SCALE"]) for d in gemms}) == len(PAIRS)
     assert {d["SCALE_BLOCK"] for d in gemms} == set(SCALE_BLOCKS)

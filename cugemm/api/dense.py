@@ -65,9 +65,9 @@ def linear(
     out: [.., n] to write into. out_dtype: "bfloat16", "float16" or "float32"; default x's dtype if it is a 16-bit float, else bfloat16.
     accumulate: "fast", "promoted" or "fp32", the least accuracy that fp8 sums may have; backend: "auto" or a kernel's name.
     pdl: begin before the kernel ahead of it in the stream has ended (programmatic dependent launch, sm_90 and up), wait for it, and let the
-    next one begin early, where the kernel can (skinny, swap_ab); what it gives back is the same. static_weights: you promise that no
-    kernel in flight writes w; with pdl it is then loaded ahead of that wait, otherwise only prefetched to L2. batch_invariant: the bits of
-    a row depend on this row and w alone, not on how many others there are or where it sits (formats of `activations` whose scales span
+    next one begin early, where the kernel can (skinny, swap_ab, hopper); what it gives back is the same. static_weights: you promise that
+    no kernel in flight writes w; with pdl it is then loaded ahead of that wait, otherwise only prefetched to L2. batch_invariant: the bits
+    of a row depend on this row and w alone, not on how many others there are or where it sits (formats of `activations` whose scales span
     rows still tie rows together).
 
     Raises TypeError and ValueError that name the argument; NoKernelError with every kernel's reason if none can do it.

@@ -1,4 +1,4 @@
-"""The kernels that exist, in order of preference.
+"""The kernels that exist; the first that is willing takes calls whose kernel may not follow m (`batch_invariant`).
 
 To add one: its file here, its source of the same stem in kernels/, one word in the list.
 """
@@ -8,7 +8,7 @@ from cugemm.catalog import quantize as conversion
 from cugemm.catalog.step import Kernel, Step, TensorMap, Zero
 
 KERNELS: tuple[Kernel, ...] = (
-    skinny.KERNEL, swap_ab.KERNEL, hopper.KERNEL, portable.KERNEL, conversion.KERNEL, block_quantize.KERNEL, rows.KERNEL
+    hopper.KERNEL, skinny.KERNEL, swap_ab.KERNEL, portable.KERNEL, conversion.KERNEL, block_quantize.KERNEL, rows.KERNEL
 )  # fmt: skip
 
 __all__ = ["KERNELS", "Kernel", "Step", "TensorMap", "Zero"]

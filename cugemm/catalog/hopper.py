@@ -22,7 +22,8 @@ _PANEL = 64
 class Config(NamedTuple):
     """Columns of a tile, warpgroups that multiply, steps in the ring; CTAs of a cluster, which share columns of B, or cut k; how many
     clusters there are; places for results of each warp, of 16 lines; whether warpgroups, of 64 rows each together, have tiles of 128 rows
-    apart; and which operands are turned first, to be contiguous along k, or made `wide`: fp16, whose sums are fp32."""
+    apart; which operands are turned first, to be contiguous along k, or made `wide`: fp16, whose sums are fp32; and whether a is
+    `copied` first, to lines that TMA can read."""
 
     columns: int
     warpgroups: int
@@ -34,6 +35,7 @@ class Config(NamedTuple):
     apart: bool = False
     turned: str = ""
     wide: bool = False
+    copied: bool = False
 
     @property
     def rows(self) -> int:
@@ -54,6 +56,7 @@ class Config(NamedTuple):
             f"{self.clusters} "
             + (f"clusters of {self.cluster} {shared}" if self.cluster > 1 else "CTAs")
             + "".join(f", {role} {'in fp16' if self.wide else 'transposed'} first" for role in self.turned)
+            + ", a copied first" * self.copied
         )
 
 
@@ -75,7 +78,7 @@ _LAUNCH_US, _MEET_US = 2.3, 1.1
 """Of a product; of CTAs that cut k."""
 _TURN_US, _TURN = 2.0, 0.7
 """To transpose an operand, or widen it: the launch, and part of the read bandwidth."""
-_TAIL = struct.Struct("<5q4I")
+_TAIL, _COPY_TAIL = struct.Struct("<5q4I"), struct.Struct("<6q4I")
 _TURN_TILE, _TURN_THREADS = 128, 256
 
 
@@ -89,8 +92,6 @@ class Hopper:
             return refused
         if "wgmma" not in arch.get(problem.arch or "sm_90a").features:
             return "needs sm_90a"
-        if problem.batch_invariant:
-            return "adds up in another order for another m"
         alike = problem.a == problem.b if problem.a in FLOATS16 else problem.a in FLOATS8
         if not alike or problem.b not in (*FLOATS16, *FLOATS8) or (problem.b in FLOATS8) != (problem.a in FLOATS8):
             return "multiplies two operands of one 16-bit type, or two of float8"
@@ -101,15 +102,20 @@ class Hopper:
             return "adds up fp8 products in tensor cores, which keep 14 bits, where floats scale them along k"
         if _turned(problem) and not problem.scratch:
             return "multiplies fp8 contiguous along k, with sums of 14 bits, and has no memory to prepare others"
-        if not problem.vector or not problem.in_order or problem.k == 0:
+        if not problem.in_order or problem.k == 0 or not (problem.vector or problem.b_vector):
             return "reads rows in order, in 16-byte pieces, that do not overlap"
+        if _copied(problem) and (_wide(problem) or problem.grouped or not problem.scratch):
+            return "reads rows in 16-byte pieces, that do not overlap, and copies others only of single products, where there is memory"
+        if problem.batch_invariant and (_wide(problem) or not problem.b_vector):
+            return "with batch_invariant multiplies as tensor cores add up, weights in 16-byte pieces along k"
         if problem.scale_block not in (0, 128) or (problem.scale_block and (problem.column_scales or not fp8)):
             return "scales sums of 128 fp8 values along k only, of 128 columns"
         return None
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
         """The cheapest few of all that fit."""
-        found = (c._replace(turned=_turned(problem), wide=_wide(problem)) for c in fitting(_settled(problem), device))
+        turned, wide, copied = _turned(problem), _wide(problem), _copied(problem)
+        found = (c._replace(turned=turned, wide=wide, copied=copied) for c in fitting(_settled(problem), device))
         return tuple(sorted(found, key=lambda c: self.cost(problem, c, device))[:16])
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
@@ -132,15 +138,17 @@ class Hopper:
         memory = values / (device.read_gbs * 1e3)
         longest: float = sum(us**_NORM for us in (busy / clock, fed / clock, memory)) ** (1 / _NORM)
         rows = {"a": lines, "b": problem.batch * problem.n}  # of all segments, if they have an expert each
-        moved = 3 if config.wide else 2
-        before = sum(_TURN_US + moved * rows[role] * problem.k / (_TURN * device.read_gbs * 1e3) for role in config.turned)
+        moved = 3 if config.wide else 2 * bytes_each
+        prepared = config.turned + "a" * config.copied
+        before = sum(_TURN_US + moved * rows[role] * problem.k / (_TURN * device.read_gbs * 1e3) for role in prepared)
         return _LAUNCH_US + (_MEET_US if config.split > 1 else 0) + longest + before
 
     def steps(self, call: GemmCall, config: Config) -> tuple[Step | Zero, ...]:
         operands, turns, used = list(_operands(call, config)), [], 0
         for i, x in enumerate(operands):
-            if x.role in config.turned:
-                prepare = _widen if config.wide else _transpose
+            copied = config.copied and x.role == "a"
+            if copied or x.role in config.turned:
+                prepare = _copy if copied else _widen if config.wide else _transpose
                 step, operands[i], taken = prepare(x, call, OUT + 1 + len(call.workspaces), used)
                 turns.append(step)
                 used += taken
@@ -170,9 +178,14 @@ def _wide(problem: Problem) -> bool:
     return problem.a in FLOATS8 and problem.accumulate == "fp32"
 
 
+def _copied(problem: Problem) -> bool:
+    """Whether TMA cannot read a as it lies."""
+    return not (problem.vector and problem.a_vector)
+
+
 def _turned(problem: Problem) -> str:
     """Operands that tensor cores cannot read as they lie, or not for such sums."""
-    majors = (("a", problem.a_major), ("b", problem.b_major))
+    majors = (("a", "k" if _copied(problem) else problem.a_major), ("b", problem.b_major))
     return "".join(role for role, major in majors if problem.a in FLOATS8 and (major == "mn" or _wide(problem)))
 
 
@@ -180,6 +193,8 @@ def _settled(problem: Problem) -> Problem:
     """With operands as the kernel reads them, and sums as it makes them."""
     if _wide(problem):
         return problem._replace(a=FP16.name, b=FP16.name, accumulate="promoted")
+    if _copied(problem):
+        problem = problem._replace(a_major="k", vector=True, a_vector=True)
     if problem.a in FLOATS8:
         return problem._replace(a_major="k", b_major="k")
     return problem._replace(accumulate="fast")
@@ -195,7 +210,7 @@ def fitting(problem: Problem, device: Device) -> list[Config]:
                 continue
             if problem.scale_block and columns > 128 and 128 % (columns - 128):
                 continue  # columns under three scales
-            for share, split in ((1, 1), (2, 1), *((1, split) for split in _SPLITS)):
+            for share, split in ((1, 1), (2, 1), *((1, split) for split in _SPLITS if not problem.batch_invariant)):
                 config = Config(columns, warpgroups, _MOST_STAGES, share, split, apart=apart)
                 if split > 1 and (apart or columns % (16 * split) or columns > _MOST_BESIDE):
                     continue
@@ -299,6 +314,21 @@ def _widen(x: _Operand, call: GemmCall, scratch: int, offset: int) -> tuple[Step
     launch = Step("widen", (("ELEMENT", element),), ceil_div(everything, _TURN_THREADS), _TURN_THREADS, 0, (x.pointer, scratch), (), tail)
     strides = (lines * pitch if matrix else 0, *((pitch, 1) if x.major == "k" else (1, pitch)))
     return launch, x._replace(pointer=scratch, offset=offset, strides=strides), 2 * x.matrices * lines * pitch
+
+
+def _copy(x: _Operand, call: GemmCall, scratch: int, offset: int) -> tuple[Step, _Operand, int]:
+    """The same of one that is contiguous along k then."""
+    size = ELEMENTS[call.problem.a].bits // 8
+    pitch = ceil_div(call.k * size, 16) * 16
+    pieces = pitch // 16
+    everything = x.matrices * x.rows * pieces
+    matrix, row, step = x.strides
+    tail = _COPY_TAIL.pack(
+        step * size, row * size, matrix * size, pitch, x.rows * pitch, offset, x.rows, call.k, pieces, everything
+    )  # fmt: skip
+    launch = Step("align", (("BYTES", size),), ceil_div(everything, _TURN_THREADS), _TURN_THREADS, 0, (x.pointer, scratch), (), tail)
+    strides = (x.rows * pitch // size if matrix else 0, pitch // size, 1)
+    return launch, x._replace(pointer=scratch, offset=offset, strides=strides, major="k"), everything * 16
 
 
 def _map(x: _Operand, k: int, size: int) -> TensorMap:
