@@ -41,6 +41,7 @@ def _installed(module: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared with torch, CuPy and other processes
     missing = sorted(name for name in _required(config) - {"gpu"} if not _installed(name))
     if missing:
         raise pytest.UsageError(f"--require: {', '.join(missing)} is not installed")

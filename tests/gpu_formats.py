@@ -172,7 +172,7 @@ def grouped(
         dev, pair.a, pair.b, case, dtype=dtype, segments=_SEGMENTS[kind], said=said.astype(index_dtype), bias=bias, shape=shape, **arrays,
         **options,
     )  # fmt: skip
-    formats.check(pair, out, dtype, case)
+    formats.check(pair, out, dtype, case, narrow=True)
 
 
 def padded_segments(dev: Any, name: str, kind: str, pad: int, edges: list[int]) -> None:
@@ -353,7 +353,6 @@ class Jax:
     """Row-major arrays; JAX has no others."""
 
     def __init__(self) -> None:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared with torch and CuPy
         import jax
 
         self.numpy = jax.numpy

@@ -36,9 +36,6 @@ def torch() -> Any:
 
 @pytest.fixture(scope="module")
 def jax() -> Any:
-    import os
-
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared with torch and CuPy
     jax = pytest.importorskip("jax")
     if CUDA == "cuda" and jax.default_backend() != "gpu":
         pytest.skip("needs jax with CUDA")

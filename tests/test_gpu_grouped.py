@@ -42,9 +42,6 @@ def _torch() -> Framework:
 
 
 def _jax(jit: bool) -> Framework:
-    import os
-
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared with torch and CuPy
     jax = pytest.importorskip("jax")
     if CUDA == "cuda" and jax.default_backend() != "gpu":
         pytest.skip("needs jax with CUDA")

@@ -237,9 +237,6 @@ def test_torch_and_capture(dev: Any) -> None:
 
 
 def test_jax(dev: Any) -> None:
-    import os
-
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU is shared with CuPy
     jax = pytest.importorskip("jax")
     if jax.default_backend() != "gpu":
         pytest.skip("needs jax with CUDA")
