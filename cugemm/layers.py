@@ -13,9 +13,10 @@ class QuantizedLinear:
     """y[.., n] = sum over k of x[.., k] * weight[n, k] + bias[n], with the weight stored as a `Quantized`.
 
     weight: [out_features, in_features] bfloat16, float16 or float32, which is quantised to `format` here and not kept, or a Quantized of
-    any format. bias: [out_features] or None. activations: format that x is quantised to in every call, any without zero points, None to
-    multiply it as it is. Weight and x live in one framework and on one device. Calls overlap their neighbours in the stream (`pdl` and
-    `static_weights` of `cugemm.linear`): wait for the stream after writing to the weight in place.
+    any format, of which the layer keeps what `prepare` makes: itself, or a copy if its rows do not lie as products read them. bias:
+    [out_features] or None. activations: format that x is quantised to in every call, any without zero points, None to multiply it as it
+    is. Weight and x live in one framework and on one device. Calls overlap their neighbours in the stream (`pdl` and `static_weights` of
+    `cugemm.linear`): wait for the stream after writing to `layer.weight` in place.
 
     Errors and numerics: as `cugemm.quantize` and `cugemm.linear`. One layer serves any number of threads.
 
@@ -26,7 +27,7 @@ class QuantizedLinear:
     def __init__(self, weight: Any, bias: Any = None, *, format: str = "fp8_row", activations: str | None = None) -> None:
         if activations is not None:
             check_activations("QuantizedLinear", activations)
-        self.weight = weight if type(weight) is Quantized else quantize(weight, format)
+        self.weight = (weight if type(weight) is Quantized else quantize(weight, format)).prepare()
         if self.weight.ndim != 2 or self.weight.k_axis != 1:
             raise ValueError(f"QuantizedLinear: weight is {self.weight!r}; wanted [out_features, in_features] with k along axis 1.")
         self.bias = bias

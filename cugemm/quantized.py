@@ -13,6 +13,9 @@ from cugemm.formats import ALL, FORMATS, LAYOUTS, Format
 from cugemm.scale_layout import TILE_ROWS, padded
 from cugemm.scales import BYTE_SCALES, block_counts, ceil_div
 
+_ALIGNED = 16
+"""Bytes that products read at once."""
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Quantized:
@@ -140,6 +143,30 @@ class Quantized:
             self, data=swapped(self.data), scale=scales(self.scale), zero=scales(self.zero), shape=(),
             k_axis=last if self.k_axis == last - 1 else last - 1,
         )  # fmt: skip
+
+    def prepare(self) -> Quantized:
+        """The same values where products read them fastest, contiguous along k in rows at multiples of 16 bytes; itself if they lie so.
+
+        For weights that are transposed views, odd slices, or have rows of other lengths: a copy, made once. Tensor cores of Hopper read
+        fp8 along k alone, so a product transposes a weight that lies otherwise in every call (`cugemm.explain` says so). Scales stay where
+        they are. NumPy, CuPy and PyTorch; arrays of other frameworks have one layout, and stay.
+
+        >>> w = cugemm.Quantized(w_kn.T, scale, "fp8_tensor").prepare()  # w_kn [k, n]
+        """
+        framework = framework_of(self.data, "Quantized.prepare: data")
+        if framework.name not in ("NumPy", "CuPy", "PyTorch") or framework.abstract(self.data):
+            return self
+        k_last = self.k_axis == self.ndim - 1
+        rows = self.data if k_last else swapped(self.data)  # of bytes, in every format
+        view = framework.view(rows, "Quantized.prepare: data")
+        *lines, step = view.strides
+        if step == 1 and view.ptr % _ALIGNED == 0 and not any(line % _ALIGNED for line in lines):
+            return self
+        *lead, length = view.shape
+        room = framework.empty((*lead, ceil_div(length, _ALIGNED) * _ALIGNED), "uint8", rows, view.device)[..., :length]
+        room[...] = rows.view(room.dtype)  # NOTE: CuPy copies no float8
+        data = room.view(rows.dtype)
+        return replace(self, data=data if k_last else swapped(data))
 
     def __len__(self) -> int:
         return self.shape[0]
