@@ -67,7 +67,7 @@ _MOST_BESIDE = 192
 _MOST_STAGES = 8
 _SPLITS = (2, 4)
 
-# Fitted to 2433 times of 357 products on an H100; of those in docs/benchmarks/hopper_configs.json the choice is within 5 % of the best on 94 %.
+# Fitted to times of 357 products on an H100; of those in docs/benchmarks/hopper_configs.json the choice is within 5 % of the best on 94 %.
 _STEP_CLOCKS, _TILE_CLOCKS, _SUM_CLOCKS = 258.0, 2480.0, 0.183
 """Of a step, beside its products; behind the last step of a tile; there for each sum of a warpgroup."""
 _BYTES_PER_CLOCK = 55.0
