@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
-from cugemm.arrays import framework_of, is_scalar
+from cugemm.arrays import dense_strides, framework_of, is_scalar
 from cugemm.formats import ALL, FORMATS, LAYOUTS, Format
 from cugemm.scale_layout import TILE_ROWS, padded
 from cugemm.scales import BYTE_SCALES, block_counts, ceil_div
@@ -145,11 +145,12 @@ class Quantized:
         )  # fmt: skip
 
     def prepare(self) -> Quantized:
-        """The same values where products read them fastest, contiguous along k in rows at multiples of 16 bytes; itself if they lie so.
+        """The same values where products read them fastest: contiguous along k, in rows at multiples of 16 bytes, or of k where that is no
+        such multiple; itself if they lie so.
 
-        For weights that are transposed views, odd slices, or have rows of other lengths: a copy, made once. Tensor cores of Hopper read
-        fp8 along k alone, so a product transposes a weight that lies otherwise in every call (`cugemm.explain` says so). Scales stay where
-        they are. NumPy, CuPy and PyTorch; arrays of other frameworks have one layout, and stay.
+        For weights that are transposed views or odd slices: a copy without gaps, made once. Tensor cores of Hopper read fp8 along k alone, so a product
+        transposes a weight that lies otherwise in every call (`cugemm.explain` says so). Scales stay where they are. NumPy, CuPy and
+        PyTorch; arrays of other frameworks have one layout, and stay.
 
         >>> w = cugemm.Quantized(w_kn.T, scale, "fp8_tensor").prepare()  # w_kn [k, n]
         """
@@ -160,10 +161,10 @@ class Quantized:
         rows = self.data if k_last else swapped(self.data)  # of bytes, in every format
         view = framework.view(rows, "Quantized.prepare: data")
         *lines, step = view.strides
-        if step == 1 and view.ptr % _ALIGNED == 0 and not any(line % _ALIGNED for line in lines):
+        odd = any(line % _ALIGNED for line in lines)
+        if step == 1 and (view.strides == dense_strides(view.shape) if odd else view.ptr % _ALIGNED == 0):
             return self
-        *lead, length = view.shape
-        room = framework.empty((*lead, ceil_div(length, _ALIGNED) * _ALIGNED), "uint8", rows, view.device)[..., :length]
+        room = framework.empty(view.shape, "uint8", rows, view.device)
         room[...] = rows.view(room.dtype)  # NOTE: CuPy copies no float8
         data = room.view(rows.dtype)
         return replace(self, data=data if k_last else swapped(data))

@@ -666,7 +666,7 @@ ERRORS: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         "experts is a PyTorch array, but x is a NumPy array; convert one of them.",
     ),
     "x dtype": (TypeError, lambda: gm(SA, W, indices=TOP), "x is float32; wanted"),
-    "backend": (ValueError, lambda: gm(X, W, indices=TOP, backend="cutlass"), "backend is 'cutlass'; wanted one of 'auto', 'skinny'"),
+    "backend": (ValueError, lambda: gm(X, W, indices=TOP, backend="cutlass"), "backend is 'cutlass'; wanted one of 'auto', 'hopper'"),
     "accumulate": (
         ValueError,
         lambda: gm(X, W, indices=TOP, accumulate="slow"),
@@ -710,7 +710,7 @@ ERRORS: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "backend of group": (
         ValueError,
         lambda: g8(A8, B8, SA, SB, INDPTR, scale_major_mode="K", backend="cutlass"),
-        "wanted one of 'auto', 'skinny', 'swap_ab', 'hopper', 'portable', 'trtllm', 'cutile'.",
+        "wanted one of 'auto', 'hopper', 'skinny', 'swap_ab', 'portable', 'trtllm', 'cutile'.",
     ),
     "mma_sm mx": (
         ValueError,
@@ -774,7 +774,7 @@ ERRORS: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "mm backend": (
         ValueError,
         lambda: cugemm.grouped_mm_fp8(A8, B8, INDPTR, backend="trtllm"),
-        "backend is 'trtllm'; wanted one of 'auto', 'skinny', 'swap_ab', 'hopper', 'portable', 'cudnn'.",
+        "backend is 'trtllm'; wanted one of 'auto', 'hopper', 'skinny', 'swap_ab', 'portable', 'cudnn'.",
     ),
     "mm alpha": (
         ValueError,

@@ -15,7 +15,7 @@ BF16 = ml_dtypes.bfloat16
 
 
 def lying(data: Any, empty: Any) -> dict[str, Any]:
-    """The same bytes [rows, length] in ways that products cannot read in 16-byte pieces along k. empty: makes an array of bytes."""
+    """The same bytes [rows, length], transposed, at odd places, with gaps. empty: makes an array of bytes."""
     rows, length = data.shape
     turned, odd = empty((length, rows)), empty((rows, length + 17))
     turned[...], odd[:, 1 : 1 + length] = data.T, data
@@ -34,9 +34,10 @@ def check(framework: Any, name: str, k: int, host: Any) -> None:
         for w, flip in ((given, False), (given.T, True)):
             made = w.prepare()
             rows = made.data.T if flip else made.data
-            assert (made is w) == (how == "apart" and bytes_.shape[1] % 16 == 0), how
             view = cugemm.arrays.framework_of(rows, "rows").view(rows, "rows")
-            assert view.strides[1] == 1 and view.strides[0] % 16 == 0 and view.ptr % 16 == 0, how
+            stays = how == "apart" and bytes_.shape[1] % 16 == 0
+            assert (made is w) == stays, how
+            assert view.strides == (bytes_.shape[1] * (2 if stays else 1), 1) and view.ptr % 16 == 0, how
             assert made.shape == w.shape and made.k_axis == w.k_axis and made.data.dtype == q.data.dtype
             np.testing.assert_array_equal(host(rows.view(byte)), bytes_)
             assert made.prepare() is made
