@@ -148,9 +148,9 @@ class Quantized:
         """The same values where products read them fastest: contiguous along k, in rows at multiples of 16 bytes, or of k where that is no
         such multiple; itself if they lie so.
 
-        For weights that are transposed views or odd slices: a copy without gaps, made once. Tensor cores of Hopper read fp8 along k alone, so a product
-        transposes a weight that lies otherwise in every call (`cugemm.explain` says so). Scales stay where they are. NumPy, CuPy and
-        PyTorch; arrays of other frameworks have one layout, and stay.
+        For weights that are transposed views or odd slices: a copy without gaps, made once. Tensor cores of Hopper read fp8 along k alone,
+        so a product transposes a weight that lies otherwise in every call (`cugemm.explain` says so). Scales stay where they are. NumPy,
+        CuPy and PyTorch; arrays of other frameworks have one layout, and stay.
 
         >>> w = cugemm.Quantized(w_kn.T, scale, "fp8_tensor").prepare()  # w_kn [k, n]
         """
