@@ -13,7 +13,7 @@
 //   launch    B of the first steps comes, or is prefetched, before the kernel ahead has ended, if the host says so
 //
 // Not handled: operands of different sizes, scales inside of values, gathered rows, fp8 contiguous along m or n (wgmma has none;
-// transpose.cu comes first).
+// transpose.cu comes first), A that TMA cannot read (align.cu).
 // Learned from: DeepGEMM (roles, promotion of block-scaled sums), CUTLASS (descriptors, multicast).
 #include "common/args.cuh"
 #include "common/delay.cuh"
@@ -105,6 +105,8 @@ __device__ __forceinline__ Work work_of(const Args& args, u32 number, int rank) 
     else
         work = args.grouped == 0 ? dense_work<kClusterM, BLOCK_N>(args, number) : masked_work<kClusterM, BLOCK_N>(args, number);
     if (SHARE > 1) work.row_begin += rank * kBlockM;
+    // The last tiles lie inside, if they can, and do again what their neighbours do: TMA is slow with rows that are not there.
+    if (!GROUPED && args.grouped == 0) work.row_begin = smaller(work.row_begin, larger(args.m - kBlockM, 0));
     return work;
 }
 

@@ -24,7 +24,7 @@ from cugemm.problem import GemmCall
 FORMATS = ("bf16", "fp8_tensor", "fp8_block")
 SHAPES = ((7168, 2048), (2112, 7168), (6144, 4096), (4096, 7168), (24576, 1536), (4096, 14336), (28672, 4096), (4096, 4096))
 SMALL = ((3072, 1536), (1280, 2880), (2880, 1024))
-FEW, MANY = (1, 8, 16, 32, 48, 64), (128, 256, 512, 1024, 2048, 4096)
+FEW, MANY = (1, 8, 16, 32, 48, 64), (96, 128, 192, 256, 320, 512, 1024, 2048, 4096)
 PRODUCTS = (
     *((m, n, k) for (n, k), m in itertools.product(SHAPES + SMALL, FEW)), *((m, n, k) for (n, k), m in itertools.product(SHAPES, MANY)),
     *((m, 11008, 4096) for m in (128, 1024, 4096)), (1024, 7168, 16384), (8192, 8192, 8192),

@@ -165,9 +165,9 @@ def hopper_picks() -> list[Pick]:
 def test_hopper_choice_is_near_the_best_recorded() -> None:
     picks = hopper_picks()
     losses = [pick.us / pick.best for pick in picks]
-    assert len(losses) == 357
-    assert sum(loss < 1.05 for loss in losses) >= 0.94 * len(losses)
-    assert max(losses) < 1.25
+    assert len(losses) == 429
+    assert sum(loss < 1.05 for loss in losses) >= 0.92 * len(losses)
+    assert max(losses) < 1.28
     wrong = [max(pick.predicted / pick.us, pick.us / pick.predicted) for pick in picks]
     assert statistics.median(wrong) < 1.08
     assert max(wrong) < 1.5
@@ -181,9 +181,9 @@ def test_hopper_is_chosen_where_it_is_faster() -> None:
         ranking = select.choose(skinny_question(name, m, n, k)._replace(in_order=True), arch.H100).ranking
         rival = next(ranked.us for ranked in ranking if ranked.kernel is not hopper.KERNEL)
         losses.append((pick.us if pick.predicted <= rival else pick.rival) / min(pick.best, pick.rival))
-    assert len(losses) == 225
-    assert sum(loss < 1.05 for loss in losses) >= 0.93 * len(losses)
-    assert max(losses) < 1.25
+    assert len(losses) == 249
+    assert sum(loss < 1.05 for loss in losses) >= 0.94 * len(losses)
+    assert max(losses) < 1.14
 
 
 def test_hopper_beside_torch() -> None:
@@ -192,5 +192,5 @@ def test_hopper_beside_torch() -> None:
     for pick in hopper_picks():
         if pick.torch is not None:
             gain[pick.name, "many" if pick.m >= 4096 else pick.m].append(pick.torch / pick.us)
-    for (name, m), least in {("bf16", "many"): 1.02, ("fp8_tensor", "many"): 1.07, ("fp8_tensor", 1024): 1.03}.items():
+    for (name, m), least in {("bf16", "many"): 1.02, ("fp8_tensor", "many"): 1.05, ("fp8_tensor", 1024): 1.01}.items():
         assert statistics.geometric_mean(gain[name, m]) >= least, (name, m)

@@ -20,11 +20,11 @@ from test_emulated import operand
 from test_kernels import linear_call
 
 import cugemm
-from cugemm import NoKernelError, launch, select
+from cugemm import NoKernelError, arch, launch, select
 from cugemm.api.common import gemm_options, product
 from cugemm.arch import H100
 from cugemm.arrays import Numpy
-from cugemm.catalog import skinny, swap_ab
+from cugemm.catalog import Step, skinny, swap_ab
 from cugemm.catalog.skinny import Config
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -429,6 +429,27 @@ def test_targets() -> None:
         assert {config.parts for config in configs} == parts
         none = skinny.KERNEL.candidates(question._replace(arch=target, scratch=False), H100)
         assert none and {config.parts for config in none} == {1}, "where nobody can give it memory"
+
+
+@pytest.mark.parametrize(
+    ("weights", "m", "n", "k"), [("bfloat16", 1, 7168, 2048), ("float8_e4m3fn", 1, 6144, 4096), ("nvfp4", 8, 4096, 14336)]
+)
+def test_launches_that_overlap_begin_as_others_end(weights: str, m: int, n: int, k: int) -> None:
+    call = linear_call(m, n, k, "bfloat16", weights)
+    target = arch.get("sm_90a")
+    chosen = {}
+    for pdl in ("", "prefetch", "static"):
+        problem = call.problem._replace(arch="sm_90a", backend="skinny", pdl=pdl)
+        config = select.choose(problem, H100).best.config
+        (step,) = skinny.KERNEL.steps(call._replace(problem=problem), config)
+        assert isinstance(step, Step)
+        chosen[pdl] = config
+        assert step.smem <= target.max_smem
+        if pdl:
+            assert (config.ctas + 1) * (step.smem + 1024) > target.smem_per_sm, "no room for the next kernel's"
+    assert chosen["prefetch"] == chosen[""]._replace(pdl="prefetch")
+    assert chosen["static"]._replace(stages=0) == chosen[""]._replace(stages=0, pdl="static"), "the same bits"
+    assert (chosen["static"].stages > chosen[""].stages) == (weights != "nvfp4")
 
 
 def test_swap_ab_needs_products_of_warpgroups() -> None:

@@ -64,17 +64,19 @@ _SHAPES = {False: ((1, False, 256), (2, False, 256), (2, True, 160)), True: ((1,
 """`warpgroups`, `apart`, and columns for which registers hold the sums; by whether those of a step are added up outside."""
 _MOST_BESIDE = 192
 """Columns beside whose sums registers hold others: those of a step, or of other CTAs of a cluster. 256 are added up outside in two lots."""
-_MOST_STAGES = 8
+_MOST_STAGES = 16
 _SPLITS = (2, 4)
 
-# Fitted to times of 357 products on an H100; of those in docs/benchmarks/hopper_configs.json the choice is within 5 % of the best on 94 %.
-_STEP_CLOCKS, _TILE_CLOCKS, _SUM_CLOCKS = 258.0, 2480.0, 0.183
-"""Of a step, beside its products; behind the last step of a tile; there for each sum of a warpgroup."""
+# Fitted to times of 429 products on an H100 (docs/benchmarks/hopper_configs.json): the choice is within 5 % of the best on 92 %.
+_STEP_CLOCKS, _SUM_CLOCKS, _SPLIT_ENDS = 255.0, 0.233, 0.29
+"""Of a step, beside its products; at the end of a tile, for each sum of a warpgroup; part of those that each further CTA adds."""
 _BYTES_PER_CLOCK = 55.0
 """That an SM gets from L2."""
+_AGAIN, _AT_ONCE = 0.42, 4
+"""How much longer memory takes for weights that so many clusters ask for at a time: as this power of their number."""
 _NORM = 3.08
 """How what goes on at the same time adds up: as a norm of this order."""
-_LAUNCH_US, _MEET_US = 2.3, 1.1
+_LAUNCH_US, _MEET_US = 3.06, 1.26
 """Of a product; of CTAs that cut k."""
 _TURN_US, _TURN = 2.0, 0.7
 """To transpose an operand, or widen it: the launch, and part of the read bandwidth."""
@@ -129,12 +131,14 @@ class Hopper:
         height, columns = config.rows, config.columns
         together = config.warpgroups == 2 and not config.apart
         products = height * columns / 32 + _STEP_CLOCKS
-        ends = _TILE_CLOCKS + _SUM_CLOCKS * height * columns / (2 if together else 1) * (1 + config.split) / 2
+        ends = _SUM_CLOCKS * height * columns / (2 if together else 1) * (1 + _SPLIT_ENDS * (config.split - 1))
         busy = rounds * steps * products + ends * (1 if config.apart else rounds)  # apart: while the other warpgroup multiplies
         fed = rounds * steps * (_brought(problem.m, config) + columns / config.share) * _LINE / _BYTES_PER_CLOCK
         clock = device.clock_khz * 1e-3
         lines = problem.m * (1 if problem.grouped else problem.batch)
-        values = (lines + few_rows.matrices(problem) * problem.n) * problem.k * bytes_each + lines * problem.n * 2
+        asking = min(ceil_div(few_rows.rows(problem), height * config.share), _AT_ONCE)
+        weights = few_rows.matrices(problem) * problem.n * asking**_AGAIN
+        values = (lines + weights) * problem.k * bytes_each + lines * problem.n * 2
         memory = values / (device.read_gbs * 1e3)
         longest: float = sum(us**_NORM for us in (busy / clock, fed / clock, memory)) ** (1 / _NORM)
         rows = {"a": lines, "b": problem.batch * problem.n}  # of all segments, if they have an expert each

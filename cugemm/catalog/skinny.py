@@ -63,6 +63,9 @@ CTAs share k."""
 _WIDE = ((16, 1, 1, 4, 1, 1), (8, 1, 1, 4, 1, 1), (8, 1, 1, 4, 4, 1), (8, 1, 1, 4, 8, 1))
 """Those for more than 16 rows, held all together or 16 at a time."""
 
+_MOST_STAGES = 16
+"""Of a ring that is deeper than those, where launches overlap."""
+
 # What a step of a warp costs its SM, in ns on an H100 at 1.98 GHz: always, to decode 16 columns, for their products with 8 rows and 64 k.
 _STEP_NS = 3.0
 _DECODE_NS = {
@@ -134,7 +137,7 @@ class Skinny:
             placed = (c._replace(clusters=_clusters(problem, c, device, target if most else None)) for c in configs)
             fitting = tuple(c for c in placed if _fits(problem, c, target))
             if fitting:
-                return fitting
+                return tuple(_deep(problem, c, target) for c in fitting)
         return ()
 
     def invariant(self, problem: Problem, target: arch.Arch, device: Device) -> tuple[Config, ...]:
@@ -146,7 +149,7 @@ class Skinny:
             return ()
         whole = 1 << (few_rows.rows(problem) - 1).bit_length()
         wanted = (best._replace(tokens=tokens, pdl=problem.pdl) for tokens in sorted({min(whole, _FEW), min(whole, _MOST_ROWS)}))
-        return tuple(c for c in wanted if _fits(problem, c, target))
+        return tuple(_deep(problem, c, target) for c in wanted if _fits(problem, c, target))
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
         """What the busiest SM does, what its warps wait for, and what memory brings, which overlap in part; and what comes before them."""
@@ -181,6 +184,8 @@ class Skinny:
         problem = call.problem
         tiles = few_rows.row_tiles(call, config.tokens)
         grid, smem = config.clusters * config.cuts * tiles, _smem(problem, config)
+        if config.pdl:
+            smem = max(smem, _alone(config, arch.get(problem.arch or "sm_90a")))
         how = (_defines(problem, config), grid, config.threads, smem, config.pdl, config.clusters)
         some = call.segments != ""  # without segments, no row is left out
         if config.parts == 1:
@@ -259,6 +264,22 @@ def _fits(problem: Problem, config: Config, target: arch.Arch, tiles: int = 0) -
     if sums > (8 if config.warps <= 8 else 2 if config.row_blocks == 2 or problem.scale_block else 4):
         return False
     return _smem(problem, config, tiles) <= min(target.max_smem, target.smem_per_sm // config.ctas - 1024)
+
+
+def _deep(problem: Problem, config: Config, target: arch.Arch) -> Config:
+    """With a ring for half of what a warp reads, if shared memory holds that, of weights that may be loaded before the launch ahead has
+    ended. A comes behind those, and so would all products; 4-bit weights take long to decode, and wait for A no longer than they must."""
+    if config.pdl != "static" or ELEMENTS[problem.b].bits < 8:
+        return config
+    run = ceil_div(ceil_div(_tiles(problem, config), config.clusters) * _steps(problem, config), config.warps)
+    deeper = (config._replace(stages=stages) for stages in range(min(run // 2, _MOST_STAGES) + 1, config.stages, -1))
+    return next((c for c in deeper if _fits(problem, c, target)), config)
+
+
+def _alone(config: Config, target: arch.Arch) -> int:
+    """Shared memory that leaves no room on an SM for CTAs of the next launch, which then begin, and load weights, as these end. Beside
+    them they would load while memory is busy anyway, and none as one kernel takes over from the other."""
+    return target.smem_per_sm // (config.ctas + 1) - 1023  # of each CTA the driver takes 1024 more
 
 
 def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
