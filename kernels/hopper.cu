@@ -105,8 +105,9 @@ __device__ __forceinline__ Work work_of(const Args& args, u32 number, int rank) 
     else
         work = args.grouped == 0 ? dense_work<kClusterM, BLOCK_N>(args, number) : masked_work<kClusterM, BLOCK_N>(args, number);
     if (SHARE > 1) work.row_begin += rank * kBlockM;
-    // The last tiles lie inside, if they can, and do again what their neighbours do: TMA is slow with rows that are not there.
-    if (!GROUPED && args.grouped == 0) work.row_begin = smaller(work.row_begin, larger(args.m - kBlockM, 0));
+    // The last tiles lie inside, if they can, and do again what their neighbours do: TMA is slow with rows that are not there. NOTE: along a
+    // line, boxes begin at multiples of 16 bytes (an H100 calls anything else an illegal instruction).
+    if (!GROUPED && !A_MAJOR && args.grouped == 0) work.row_begin = smaller(work.row_begin, larger(args.m - kBlockM, 0));
     return work;
 }
 

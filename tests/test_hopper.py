@@ -98,11 +98,15 @@ def test_products(number: int) -> None:
 @emulating
 @pytest.mark.parametrize("majors", [("mn", "k"), ("k", "mn"), ("mn", "mn")], ids="-".join)
 @pytest.mark.parametrize("shape", [(64, 1, 3), (128, 2, 4, 2), (128, 2, 3, 2, 1, 1, 1, True), (64, 2, 4, 1, 2)], ids=str)
-def test_majors(shape: tuple[int, ...], majors: tuple[str, str]) -> None:
-    """16-bit operands contiguous along m or n go as they are."""
-    pair = formats.make(3, 136, 200, 664, "bf16", "bf16", exact=True)
-    x, w = (np.ascontiguousarray(v.data.T).T if major == "mn" else v.data for v, major in zip(pair[:2], majors, strict=True))
-    out = oracles.poison((136, 200), "bfloat16")
+@pytest.mark.parametrize(("m", "n"), [(136, 200), (131, 203)])
+def test_majors(m: int, n: int, shape: tuple[int, ...], majors: tuple[str, str]) -> None:
+    """16-bit operands contiguous along m or n go as they are, in lines that begin at multiples of 16 bytes."""
+    pair = formats.make(3, m, n, 664, "bf16", "bf16", exact=True)
+    x, w = (
+        np.pad(v.data, ((0, -len(v.data) % 8), (0, 0))).T.copy().T[: len(v.data)] if major == "mn" else v.data
+        for v, major in zip(pair[:2], majors, strict=True)
+    )
+    out = oracles.poison((m, n), "bfloat16")
     multiply(Config(*shape), x, w, out)
     formats.check(pair, out, "bfloat16")
 

@@ -88,6 +88,7 @@ inline void bring_some() {
 inline void ask(const Box& b) {
     if (b.map.mark != kMapMark) fail("no tensor map, of", b.map.address);
     if (b.map.box[0] * b.map.bytes != 128 || b.to % 128) fail("a swizzled box of other lines than 128 bytes, or not aligned, to", b.to);
+    if (b.from[0] * b.map.bytes % 16) fail("a box that begins inside of 16 bytes of a line, at", b.from[0]);  // as an H100 does
     if (b.mask >> ctas) fail("no such CTAs in the cluster:", b.mask);
     mbarrier(b.barrier, self->cta);
     if (eager || random() % 2) return bring(b);
@@ -246,6 +247,7 @@ inline void store_box(u32 from, const TensorMap& map, i32 x, i32 y, i32 z) {
     if (map.mark != kMapMark) fail("no tensor map, of", map.address);
     if (map.box[0] * map.bytes != 128 || map.box[2] != 1 || from % 1024)
         fail("a box of other lines than 128 bytes, or not aligned, at", from);
+    if (x * map.bytes % 16) fail("a box that begins inside of 16 bytes of a line, at", x);
     at(from + map.box[1] * 128 - 16, 16);
     if (self->sent == kMostSent) fail("more boxes than the emulator holds", kMostSent);
     sent[self - fibers][self->sent++] = {map, from, self->sent_groups, {x, y, z}};
