@@ -119,7 +119,7 @@ class Skinny:
         return None
 
     def candidates(self, problem: Problem, device: Device) -> tuple[Config, ...]:
-        target = arch.get(problem.arch) if problem.arch else arch.get("sm_90a")
+        target = arch.get(problem.arch or "sm_90a")
         if "pdl" not in target.features:
             problem = problem._replace(pdl="")  # NOTE: without griddepcontrol, a launch that may begin early would not wait
         if problem.batch_invariant:
@@ -153,8 +153,7 @@ class Skinny:
 
     def cost(self, problem: Problem, config: Config, device: Device) -> float:
         """What the busiest SM does, what its warps wait for, and what memory brings, which overlap in part; and what comes before them."""
-        tiles, steps = ceil_div(_tiles(problem, config), config.clusters), _steps(problem, config)
-        run = ceil_div(tiles * steps, config.warps)
+        tiles, run = ceil_div(_tiles(problem, config), config.clusters), _run(problem, config)
         clusters = config.clusters * few_rows.pieces(problem, config.tokens)
         resident = _resident(config, device)
         waves = ceil_div(clusters, resident)
@@ -233,6 +232,11 @@ def _steps(problem: Problem, config: Config) -> int:
     return ceil_div(ceil_div(problem.k, few_rows.step(problem)), config.cuts)
 
 
+def _run(problem: Problem, config: Config) -> int:
+    """Steps of a warp, in all tiles of its CTA."""
+    return ceil_div(ceil_div(_tiles(problem, config), config.clusters) * _steps(problem, config), config.warps)
+
+
 def _rows_bytes(problem: Problem, config: Config) -> int:
     """Of A in shared memory."""
     return _steps(problem, config) * few_rows.step(problem) * min(config.tokens, 8) * ceil_div(config.tokens, 8) * 2
@@ -263,7 +267,12 @@ def _fits(problem: Problem, config: Config, target: arch.Arch, tiles: int = 0) -
     sums = config.row_blocks * ceil_div(config.tokens, 8) * (2 if problem.scale_block else 1)
     if sums > (8 if config.warps <= 8 else 2 if config.row_blocks == 2 or problem.scale_block else 4):
         return False
-    return _smem(problem, config, tiles) <= min(target.max_smem, target.smem_per_sm // config.ctas - 1024)
+    return _smem(problem, config, tiles) <= min(target.max_smem, _room(config.ctas, target))
+
+
+def _room(ctas: int, target: arch.Arch) -> int:
+    """Bytes of shared memory for each of so many CTAs on an SM; the driver takes 1024 more."""
+    return target.smem_per_sm // ctas - 1024
 
 
 def _deep(problem: Problem, config: Config, target: arch.Arch) -> Config:
@@ -271,15 +280,15 @@ def _deep(problem: Problem, config: Config, target: arch.Arch) -> Config:
     ended. A comes behind those, and so would all products; 4-bit weights take long to decode, and wait for A no longer than they must."""
     if config.pdl != "static" or ELEMENTS[problem.b].bits < 8:
         return config
-    run = ceil_div(ceil_div(_tiles(problem, config), config.clusters) * _steps(problem, config), config.warps)
-    deeper = (config._replace(stages=stages) for stages in range(min(run // 2, _MOST_STAGES) + 1, config.stages, -1))
+    most = min(_run(problem, config) // 2 + 1, _MOST_STAGES)
+    deeper = (config._replace(stages=stages) for stages in range(most, config.stages, -1))
     return next((c for c in deeper if _fits(problem, c, target)), config)
 
 
 def _alone(config: Config, target: arch.Arch) -> int:
     """Shared memory that leaves no room on an SM for CTAs of the next launch, which then begin, and load weights, as these end. Beside
     them they would load while memory is busy anyway, and none as one kernel takes over from the other."""
-    return target.smem_per_sm // (config.ctas + 1) - 1023  # of each CTA the driver takes 1024 more
+    return _room(config.ctas + 1, target) + 1
 
 
 def _defines(problem: Problem, config: Config) -> tuple[tuple[str, int], ...]:
